@@ -1,0 +1,105 @@
+"""What every runtime of an exported model offers, so that gates and benchmarks treat all formats alike."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+Message = dict[str, Any]  # {"role": "system" | "user" | "assistant", "content": str}
+
+
+class Runtime(Protocol):
+    """A loaded model file with its own tokenizer, its own chat template and a key-value cache.
+
+    Everything comes from the file under test, nothing from the model it was made of: that is what the
+    gates judge. T: number of tokens, V: vocabulary size of the file (padding rows removed).
+    """
+
+    name: str  # "torch", "llama.cpp", "onnxruntime-genai", "onnxruntime", "tvm"
+    vocabulary_size: int
+    context_length: int
+    end_of_turn_ids: tuple[int, ...]  # the ids at which the file itself says that generation ends
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of plain text as the file's tokenizer makes them, control-token text included
+        (``<|im_start|>`` in the text becomes the control token), and no BOS added beyond the text."""
+        ...
+
+    def chat_ids(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
+        """Token ids of a conversation, rendered by the file's own chat template."""
+        ...
+
+    def decode_text(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        ...
+
+    def reset(self) -> None:
+        """Empties the key-value cache."""
+        ...
+
+    def forward(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Appends tokens to the cache; logits of every position, float32 [T, V]."""
+        ...
+
+    def prefill(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Appends tokens to the cache; logits of the last position only, float32 [V]."""
+        ...
+
+    def decode(self, token_id: int) -> np.ndarray:
+        """Appends one token to the cache; logits that follow it, float32 [V]."""
+        ...
+
+    def close(self) -> None:
+        """Frees the model. The runtime is not used afterwards."""
+        ...
+
+
+def open_runtime(path: Path, threads: int = 1, context_length: int | None = None) -> Runtime:
+    """Opens an exported model in the runtime of its format.
+
+    Args:
+        path: a ``.gguf`` file; an ``.onnx`` file inside an exported ONNX folder; a folder with
+            ``mlc-chat-config.json``; or a Hugging Face folder (safetensors), which torch runs in float32.
+        threads: CPU threads the runtime may use.
+        context_length: tokens of cache to allocate; the file's own maximum (at most 4096) by default.
+
+    Raises:
+        ExportError: the path is none of these, or the runtime refuses it.
+    """
+    from export.errors import ExportError
+
+    path = Path(path)
+    if path.suffix == ".gguf":
+        from export.llama_cpp_runtime import LlamaCppRuntime
+
+        return LlamaCppRuntime(path, threads, context_length)
+    if path.suffix == ".onnx":
+        from export.onnx_runtime import OnnxRuntime
+
+        return OnnxRuntime(path, threads, context_length)
+    if (path / "mlc-chat-config.json").is_file():
+        from export.mlc_runtime import MlcRuntime
+
+        return MlcRuntime(path, threads, context_length)
+    if (path / "config.json").is_file():
+        from export.torch_runtime import TorchRuntime
+
+        return TorchRuntime(path, threads, context_length)
+    raise ExportError(
+        f"{path}: no model found here; give a .gguf file, an .onnx file, an MLC folder or a Hugging Face folder."
+    )
+
+
+def generate_greedily(runtime: Runtime, prompt_ids: Sequence[int], max_new_tokens: int) -> list[int]:
+    """Greedy continuation of a prompt; ends after an end-of-turn token, which is the last id returned then."""
+    runtime.reset()
+    logits = runtime.prefill(prompt_ids)
+    new_ids: list[int] = []
+    while len(new_ids) < max_new_tokens:
+        token_id = int(logits.argmax())
+        new_ids.append(token_id)
+        if token_id in runtime.end_of_turn_ids or len(new_ids) == max_new_tokens:
+            break
+        logits = runtime.decode(token_id)
+    return new_ids

@@ -1,0 +1,1 @@
+"""The Prefect face of the production line."""
