@@ -1,0 +1,278 @@
+"""The stage contract: a content-addressed store whose finished artifacts are complete and true.
+
+An artifact is a folder ``store/STAGE/KEY``. KEY is the SHA-256 of what its content depends on: the
+stage's name and code version, its slice of the recipe, its inputs' digests and its seed. A stage writes
+into a folder beside it and renames that only when everything is on disk, so what has its final name is
+whole. ``artifact.json`` inside says what it was made from and the SHA-256 of each of its files.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+
+MANIFEST = "artifact.json"
+RECORDED_PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "tokenizers",
+    "safetensors",
+    "llama-cpp-python",
+    "gguf",
+    "apache-tvm",
+    "onnxruntime",
+    "onnxruntime-genai",
+)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished result of a stage.
+
+    Attributes:
+        stage: the stage that made it.
+        key: what it depends on, as SHA-256 (its folder's name).
+        digest: SHA-256 over the SHA-256 of all its files: what it is.
+        path: its folder.
+        seconds: how long it took to make.
+        cached: it was there already.
+    """
+
+    stage: str
+    key: str
+    digest: str
+    path: Path
+    seconds: float
+    cached: bool
+
+    def manifest(self) -> dict[str, Any]:
+        """What ``artifact.json`` says."""
+        return json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+
+
+def sha256_of_file(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_json(value: Any) -> str:
+    """SHA-256 of a JSON value in its canonical form (sorted keys, no spaces)."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON so that the file appears only when it is complete."""
+    temporary = path.with_name(path.name + ".partial")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def file_digests(folder: Path) -> dict[str, dict[str, Any]]:
+    """SHA-256 and size of every file below a folder, by its path relative to it (``artifact.json`` left out)."""
+    return {
+        path.relative_to(folder).as_posix(): {"sha256": sha256_of_file(path), "bytes": path.stat().st_size}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.relative_to(folder).as_posix() != MANIFEST
+    }
+
+
+class Store:
+    """Where artifacts live. Several processes may use one store; a key is computed by one at a time."""
+
+    def __init__(self, root: Path, report: Callable[[str], None] = lambda line: print(line, file=sys.stderr)):
+        """
+        Args:
+            root: the folder, made when missing.
+            report: receives one line for each thing worth telling (a damaged artifact, a stage's start).
+        """
+        self.root = Path(root).resolve()
+        self.report = report
+
+    def get_or_make(
+        self,
+        stage: str,
+        version: int,
+        parameters: Mapping[str, Any],
+        inputs: Mapping[str, "Artifact | str"],
+        make: Callable[[Path, Path], None],
+        seed: int = 0,
+    ) -> Artifact:
+        """The artifact of these inputs: the stored one when it is undamaged, else made now.
+
+        Args:
+            stage: name of the stage, a folder name.
+            version: the stage's code version, raised when the same inputs would give another result.
+            parameters: the slice of the recipe that the result depends on, plain JSON values.
+            inputs: artifacts, or digests of things outside the store, by role.
+            make: called with (output, work). It fills ``output``, which is empty. ``work`` survives a kill
+                and is handed to the next attempt at the same key: checkpoints belong there.
+            seed: seed of every random choice of the stage.
+
+        Raises:
+            UserError: no space is left, or the store cannot be written.
+        """
+        input_digests = {
+            role: value.digest if isinstance(value, Artifact) else value for role, value in inputs.items()
+        }
+        identity = {
+            "stage": stage,
+            "version": version,
+            "parameters": dict(parameters),
+            "inputs": input_digests,
+            "seed": seed,
+        }
+        key = sha256_of_json(identity)
+        final = self.root / stage / key
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            with self._only_one(final):
+                stored = self._verified(final, stage)
+                if stored is not None:
+                    return stored
+                return self._make(final, identity, inputs, make)
+        except OSError as error:
+            if error.errno in (28, 122):  # ENOSPC, EDQUOT
+                raise UserError(
+                    f"{self.root}: no space is left on the disk while {stage} wrote its result; "
+                    "free space and start the same command again."
+                ) from error
+            if error.errno in (13, 30):  # EACCES, EROFS
+                raise UserError(f"{self.root}: the store cannot be written ({error.strerror}).") from error
+            raise
+
+    def _make(
+        self,
+        final: Path,
+        identity: dict[str, Any],
+        inputs: Mapping[str, Artifact | str],
+        make: Callable[[Path, Path], None],
+    ) -> Artifact:
+        stage = identity["stage"]
+        output = final.with_name(final.name + ".partial")
+        work = final.with_name(final.name + ".work")
+        shutil.rmtree(output, ignore_errors=True)
+        output.mkdir()
+        work.mkdir(exist_ok=True)
+        started = time.monotonic()
+        earlier_seconds = _seconds_so_far(work)
+        try:
+            make(output, work)
+        except BaseException:
+            shutil.rmtree(output, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                write_json(work / "seconds.json", earlier_seconds + time.monotonic() - started)
+            raise
+        seconds = earlier_seconds + time.monotonic() - started
+        files = file_digests(output)
+        if not files:
+            raise RuntimeError(f"stage {stage} wrote nothing")
+        digest = sha256_of_json({name: entry["sha256"] for name, entry in files.items()})
+        for path in output.rglob("*"):
+            _fsync(path)
+        write_json(
+            output / MANIFEST,
+            {
+                **identity,
+                "input_artifacts": {
+                    role: {"stage": value.stage, "key": value.key}
+                    for role, value in inputs.items()
+                    if isinstance(value, Artifact)
+                },
+                "key": final.name,
+                "digest": digest,
+                "files": files,
+                "packages": _package_versions(),
+                "seconds": round(seconds, 3),
+            },
+        )
+        _fsync(output)
+        output.rename(final)
+        _fsync(final.parent)
+        shutil.rmtree(work, ignore_errors=True)
+        return Artifact(stage, final.name, digest, final, seconds, cached=False)
+
+    def _verified(self, final: Path, stage: str) -> Artifact | None:
+        """The stored artifact if every file has its recorded SHA-256; a damaged one is put aside."""
+        if not final.exists():
+            return None
+        problem = damage(final)
+        if problem is None:
+            manifest = json.loads((final / MANIFEST).read_text(encoding="utf-8"))
+            return Artifact(stage, final.name, manifest["digest"], final, manifest["seconds"], cached=True)
+        quarantine = self.root / "quarantine" / f"{stage}-{final.name}-{time.time_ns()}"
+        quarantine.parent.mkdir(parents=True, exist_ok=True)
+        final.rename(quarantine)
+        self.report(f"warning: {stage}: {problem}; put aside in {quarantine} and made anew")
+        return None
+
+    @contextlib.contextmanager
+    def _only_one(self, final: Path) -> Iterator[None]:
+        lock_path = final.with_name(final.name + ".lock")
+        with lock_path.open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.report(f"waiting: another run is making {final.parent.name} {final.name[:12]}")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        # The lock file stays: removing it would let two later runs lock two different files of that name.
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a stored artifact, in words; None when every file is as it was recorded."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        recorded = {name: (entry["sha256"], entry["bytes"]) for name, entry in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{folder / MANIFEST} is missing or damaged"
+    for name, (sha256, size) in recorded.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != size or sha256_of_file(path) != sha256:
+            return f"{path} is damaged (its SHA-256 is not the recorded one)"
+    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
+    for name in sorted(present - set(recorded)):
+        return f"{folder / name} was added later"
+    return None
+
+
+def _seconds_so_far(work: Path) -> float:
+    try:
+        return float(json.loads((work / "seconds.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return 0.0
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _package_versions() -> dict[str, str]:
+    versions = {"python": ".".join(str(part) for part in sys.version_info[:3])}
+    for package in RECORDED_PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions

@@ -1,0 +1,335 @@
+"""The recipe: one YAML file that says everything a run does. Unknown keys, wrong types and impossible
+values are refused with one sentence that names file and key."""
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from export.gguf import QUANTIZATIONS as GGUF_QUANTIZATIONS
+from export.mlc import QUANTIZATIONS as MLC_QUANTIZATIONS
+from export.onnx import PRECISIONS as ONNX_PRECISIONS
+from pipeline.errors import UserError
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
+
+
+class Section(BaseModel):
+    """A part of the recipe; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Teacher(Section):
+    """The big model."""
+
+    model: str = Field(
+        description="Hugging Face name, local folder, or package:NAME for a GGUF that a Python package carries."
+    )
+    revision: str | None = Field(None, description="Commit or tag of a Hugging Face name.")
+    trust_remote_code: bool = Field(False, description="Run code that the model's repository carries.")
+    licence: str = Field("unknown", description="SPDX identifier, carried into the model cards.")
+    cache: Literal["none", "hidden"] = Field(
+        "hidden", description="hidden: the teacher's final hidden states are computed once and reused."
+    )
+    cache_dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class Text(Section):
+    """Plain text to distil on."""
+
+    sources: list[str] = Field(
+        min_length=1,
+        description="Each a .txt, .jsonl or .parquet file, a folder of them, dataset:NAME for a `datasets` name, "
+        "or package:NAME for text that an installed package carries.",
+    )
+    text_field: str = Field(
+        "text", description="The field of JSON Lines, Parquet and datasets that holds the text."
+    )
+    licence: str = "unknown"
+    sequence_length: int = Field(256, ge=8, description="Tokens of one packed training sequence.")
+    train_tokens: int = Field(
+        ge=1, description="Training tokens; fewer if the sources hold fewer is an error."
+    )
+    held_out_tokens: int = Field(10_240, ge=1)
+    calibration_tokens: int = Field(4_096, ge=1)
+
+
+class Chats(Section):
+    """Conversations for instruction tuning."""
+
+    sources: list[str] = Field(
+        min_length=1,
+        description="Each a .jsonl or .parquet file or dataset:NAME with a `messages` field, "
+        "or prompts:NAME for packaged or procedural prompts that the teacher answers.",
+    )
+    licence: str = "unknown"
+    conversations: int = Field(ge=1, description="Training conversations.")
+    held_out_conversations: int = Field(16, ge=1)
+    max_tokens: int = Field(256, ge=16, description="Longer conversations are left out.")
+    max_answer_tokens: int = Field(64, ge=1, description="Length of an answer that the teacher writes.")
+
+
+class Data(Section):
+    text: Text
+    chats: Chats
+
+
+class Prune(Section):
+    """A student made from the teacher by dropping the layers that change the hidden states least."""
+
+    layers: int = Field(ge=1, description="Layers that remain.")
+
+
+class Student(Section):
+    """The small model: either an existing one or one pruned from the teacher."""
+
+    model: str | None = Field(None, description="Hugging Face name or local folder of an existing student.")
+    revision: str | None = None
+    prune: Prune | None = None
+
+    @model_validator(mode="after")
+    def one_of_both(self) -> Self:
+        if (self.model is None) == (self.prune is None):
+            raise ValueError("give either model or prune, not both and not neither")
+        return self
+
+
+class Training(Section):
+    """What every training stage shares."""
+
+    learning_rate: float = Field(1e-3, gt=0, le=1)
+    batch_size: int = Field(4, ge=1, description="Sequences of one micro-batch.")
+    gradient_accumulation: int = Field(1, ge=1)
+    epochs: float = Field(1.0, gt=0)
+    warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    checkpoint_every: int = Field(25, ge=1, description="Optimizer steps between checkpoints.")
+    freeze_embeddings: bool = False
+
+
+class Distill(Training):
+    """Distillation. Defaults of t_start, t_end, alpha and beta are the paper's."""
+
+    objective: Literal[
+        "taid",
+        "cross_entropy",
+        "forward_kl",
+        "reverse_kl",
+        "jensen_shannon",
+        "total_variation",
+        "skew_forward_kl",
+        "skew_reverse_kl",
+    ] = "taid"
+    t_start: float = Field(0.4, ge=0, le=1)
+    t_end: float = Field(1.0, ge=0, le=1)
+    alpha: float = Field(5e-4, ge=0)
+    beta: float = Field(0.99, ge=0, lt=1)
+    adaptive: bool = True
+    control: bool = Field(False, description="Also train a cross-entropy-only control on the same tokens.")
+    evaluate_every: int = Field(
+        25, ge=1, description="Optimizer steps between held-out evaluations of the curve."
+    )
+    evaluate_tokens: int = Field(2_048, ge=1, description="Held-out tokens of such an evaluation.")
+
+    @model_validator(mode="after")
+    def t_rises(self) -> Self:
+        if self.t_start > self.t_end:
+            raise ValueError(
+                f"t_start {self.t_start} is above t_end {self.t_end}; t rises from t_start to t_end"
+            )
+        return self
+
+
+class Pretrain(Training):
+    """Continued pre-training on plain text after distillation."""
+
+    tokens: int = Field(ge=1, description="Training tokens, taken from data.text.")
+
+
+class Lora(Section):
+    """Low-rank adapters, merged into the weights afterwards."""
+
+    rank: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class Instruct(Training):
+    """Instruction tuning with loss on assistant turns only."""
+
+    lora: Lora | None = None
+
+
+class Export(Section):
+    """Formats and quantizations to ship."""
+
+    gguf: list[str] = Field(default=["q8_0", "q5_k_m", "q4_k_m"])
+    mlc: list[str] = Field(default=["q4f32_1"])
+    onnx: list[str] = Field(default=["fp32", "int4"])
+    pre_tokenizer: str | None = Field(
+        None,
+        description="llama.cpp's name of the pre-tokenizer, for a tokenizer that its converter does not know.",
+    )
+
+    @model_validator(mode="after")
+    def known(self) -> Self:
+        for key, wanted, available in (
+            ("gguf", self.gguf, GGUF_QUANTIZATIONS),
+            ("mlc", self.mlc, MLC_QUANTIZATIONS),
+            ("onnx", self.onnx, ONNX_PRECISIONS),
+        ):
+            for quantization in wanted:
+                if quantization not in available:
+                    raise ValueError(
+                        f"{key}: there is no {quantization!r}; choose from {', '.join(available)}"
+                    )
+            if len(set(wanted)) != len(wanted):
+                raise ValueError(f"{key}: a quantization is listed twice")
+        if not (self.gguf or self.mlc or self.onnx):
+            raise ValueError("nothing to export: list at least one quantization under gguf, mlc or onnx")
+        return self
+
+
+class Thresholds(Section):
+    """A file that misses one of these fails the run."""
+
+    mean_kl: float = Field(gt=0, description="Mean KL(torch || file) in nats per token.")
+    p99_kl: float | None = Field(None, gt=0)
+    same_top: float = Field(
+        0.0, ge=0, le=1, description="Share of tokens whose most likely token is the same."
+    )
+    perplexity_ratio: float = Field(1.5, gt=1, description="Perplexity of the file over torch's, at most.")
+
+
+class Validate(Section):
+    """Gates of the exported files."""
+
+    tokens: int = Field(2_048, ge=64, description="Held-out tokens that each file is run over.")
+    default: Thresholds = Thresholds(mean_kl=0.25)
+    thresholds: dict[str, Thresholds] = Field(
+        default_factory=dict, description="By quantization (q4_k_m, q4f32_1, int4, ...) in place of default."
+    )
+
+
+class Bench(Section):
+    """Measurements of each file in its own runtime and process."""
+
+    threads: int = Field(1, ge=1)
+    prompt_tokens: int = Field(128, ge=1)
+    generated_tokens: int = Field(32, ge=1)
+    repetitions: int = Field(5, ge=1)
+    max_cpu_pressure: float = Field(
+        20.0,
+        ge=0,
+        le=100,
+        description="Per cent of time that tasks waited for the CPU; above it timings are unreliable.",
+    )
+
+
+class Recipe(Section):
+    """A whole run, from teacher to release."""
+
+    name: Annotated[
+        str, Field(pattern=NAME_PATTERN, description="NAME of the release folder's NAME-Instruct etc.")
+    ]
+    description: str = ""
+    seed: int = Field(0, ge=0)
+    threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
+    teacher: Teacher
+    data: Data
+    student: Student
+    distill: Distill = Distill()
+    pretrain: Pretrain | None = None
+    instruct: Instruct
+    export: Export = Export()
+    validate_: Validate = Field(Validate(), alias="validate")
+    bench: Bench = Bench()
+
+    @field_validator("name")
+    @classmethod
+    def no_dots(cls, name: str) -> str:
+        if ".." in name:
+            raise ValueError("a name may not contain '..'")
+        return name
+
+    def slice(self, *sections: str) -> dict[str, Any]:
+        """The named sections as plain JSON values: what a stage's result depends on."""
+        dumped = self.model_dump(mode="json", by_alias=True)
+        return {section: dumped[section] for section in sections}
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Reads and checks a recipe; relative paths in it are resolved against its folder.
+
+    Raises:
+        UserError: the file is missing, is no YAML, or a key is unknown, missing, of the wrong type or
+            impossible.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such recipe; give the path of a YAML file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text ({error}); give the path of a YAML file.") from None
+    try:
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "nested too deeply"
+        raise UserError(f"{path}{where}: not valid YAML ({problem}); mend the syntax.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a recipe is a mapping of keys to values; this file holds none.")
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_first_problem(error)}") from None
+    return _resolve_paths(recipe, path.resolve().parent)
+
+
+def _first_problem(error: ValidationError) -> str:
+    """One sentence for the first thing that is wrong, unknown keys first since they explain missing ones."""
+    problems = sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
+    problem = problems[0]
+    key = ".".join(str(part) for part in problem["loc"]) or "the recipe"
+    message = re.sub(r"^Value error, ", "", problem["msg"])
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key}; remove it or correct its spelling (docs/guide.md lists all keys)."
+    if problem["type"] == "missing":
+        return f"key {key} is missing; add it (docs/guide.md lists all keys)."
+    shown = repr(problem.get("input"))
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    if problem["type"] == "value_error":
+        return f"{key}: {message}."
+    return f"{key}: {message[0].lower()}{message[1:]}, not {shown}."
+
+
+def _is_path(source: str) -> bool:
+    return ":" not in source and (source.startswith((".", "/", "~")) or Path(source).suffix != "")
+
+
+def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
+    def resolve(source: str) -> str:
+        return str((folder / Path(source).expanduser()).resolve()) if _is_path(source) else source
+
+    def resolve_model(model: str | None) -> str | None:
+        if model is None or model.startswith("package:"):
+            return model
+        candidate = (folder / Path(model).expanduser()).resolve()
+        return str(candidate) if model.startswith((".", "/", "~")) or candidate.is_dir() else model
+
+    text = recipe.data.text.model_copy(update={"sources": [resolve(s) for s in recipe.data.text.sources]})
+    chats = recipe.data.chats.model_copy(update={"sources": [resolve(s) for s in recipe.data.chats.sources]})
+    return recipe.model_copy(
+        update={
+            "data": Data(text=text, chats=chats),
+            "teacher": recipe.teacher.model_copy(update={"model": resolve_model(recipe.teacher.model)}),
+            "student": recipe.student.model_copy(update={"model": resolve_model(recipe.student.model)}),
+        }
+    )
