@@ -25,13 +25,13 @@ LARGE = 1e30
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor) -> Tensor:
     """Cross-entropy of p against q; its gradient is that of KL(p‖q) (Hinton et al. 2015)."""
-    student, teacher = select_positions(student_logits, teacher_logits, mask)
+    student, teacher = select_positions(mask, student_logits, teacher_logits)
     return mean(-(teacher.softmax(-1) * student.log_softmax(-1)).sum(-1))
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor) -> Tensor:
     """KL(q‖p) (MiniLLM, Gu et al. 2024)."""
-    student, teacher = select_positions(student_logits, teacher_logits, mask)
+    student, teacher = select_positions(mask, student_logits, teacher_logits)
     return mean(divergence(student.log_softmax(-1), teacher.log_softmax(-1)))
 
 
@@ -44,7 +44,7 @@ def jensen_shannon(
         teacher_weight: w, between 0 and 1.
     """
     check_share("teacher_weight", teacher_weight)
-    student, teacher = select_positions(student_logits, teacher_logits, mask)
+    student, teacher = select_positions(mask, student_logits, teacher_logits)
     log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
     log_m = log_mixture(log_p, log_q, teacher_weight)
     return mean(teacher_weight * divergence(log_p, log_m) + (1 - teacher_weight) * divergence(log_q, log_m))
@@ -52,7 +52,7 @@ def jensen_shannon(
 
 def total_variation(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor) -> Tensor:
     """Half the sum of |p - q| (Wen et al. 2023)."""
-    student, teacher = select_positions(student_logits, teacher_logits, mask)
+    student, teacher = select_positions(mask, student_logits, teacher_logits)
     return mean(0.5 * (teacher.softmax(-1) - student.softmax(-1)).abs().sum(-1))
 
 
@@ -65,7 +65,7 @@ def skew_forward_kl(
         skew: s, between 0 and 1.
     """
     check_share("skew", skew)
-    student, teacher = select_positions(student_logits, teacher_logits, mask)
+    student, teacher = select_positions(mask, student_logits, teacher_logits)
     log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
     return mean(-(log_p.exp() * log_mixture(log_p, log_q, skew)).sum(-1))
 
@@ -79,7 +79,7 @@ def skew_reverse_kl(
         skew: s, between 0 and 1.
     """
     check_share("skew", skew)
-    student, teacher = select_positions(student_logits, teacher_logits, mask)
+    student, teacher = select_positions(mask, student_logits, teacher_logits)
     log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
     return mean(divergence(log_q, log_mixture(log_q, log_p, skew)))
 
@@ -97,7 +97,7 @@ def adaptive_kl(
         head_mass: the probability, between 0 and 1, that the head holds.
     """
     check_share("head_mass", head_mass)
-    student, teacher = select_positions(student_logits, teacher_logits, mask)
+    student, teacher = select_positions(mask, student_logits, teacher_logits)
     log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
     with torch.no_grad():
         probabilities, order = log_p.exp().sort(dim=-1, descending=True, stable=True)
@@ -105,7 +105,7 @@ def adaptive_kl(
         in_head = probabilities.cumsum(-1) - probabilities < head_mass
         total = gap.sum(-1)
         # Equal distributions have no gap to share out; both divergences and their gradients are zero then.
-        head_weight = torch.where(total > 0, (gap * in_head).sum(-1) / total.clamp(min=1e-300), 0.5)
+        head_weight = (gap * in_head).sum(-1) / torch.where(total > 0, total, 1.0)
     return mean(head_weight * divergence(log_p, log_q) + (1 - head_weight) * divergence(log_q, log_p))
 
 
@@ -127,7 +127,7 @@ def decoupled_kd(
         alpha: weight of the target-class part.
         beta: weight of the non-target-class part.
     """
-    student, teacher = select_positions(student_logits, teacher_logits, mask)
+    student, teacher = select_positions(mask, student_logits, teacher_logits)
     target = select_labels(labels, mask, student.shape[-1])
 
     def split(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,7 +159,7 @@ def curriculum_temperature(
         reversal: strength of the reversed gradient, risen from 0 to 1 in the paper
             (``curriculum_reversal``).
     """
-    student, teacher = select_positions(student_logits, teacher_logits, mask)
+    student, teacher = select_positions(mask, student_logits, teacher_logits)
     # The value is T; the gradient is -reversal times the plain one.
     reversed_temperature = temperature.detach() * (1 + reversal) - temperature * reversal
     log_q = (student / reversed_temperature).log_softmax(-1)
@@ -179,7 +179,7 @@ def cross_entropy(student_logits: Tensor, mask: Tensor, labels: Tensor) -> Tenso
     Args:
         labels: ``[B, T]`` ids of the true tokens; read only where the mask is not zero.
     """
-    (student,) = select_positions(student_logits, mask=mask)
+    (student,) = select_positions(mask, student_logits)
     return mean(
         -student.log_softmax(-1).gather(-1, select_labels(labels, mask, student.shape[-1])).squeeze(-1)
     )
@@ -194,26 +194,22 @@ def taid(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, t: float)
         t: how far the target has moved from the student (0) to the teacher (1).
     """
     check_share("t", t)
-    student, teacher = select_positions(student_logits, teacher_logits, mask)
+    student, teacher = select_positions(mask, student_logits, teacher_logits)
     target = ((1 - t) * student.detach() + t * teacher).softmax(-1)
     return mean(-(target * student.log_softmax(-1)).sum(-1))
 
 
-def select_positions(student_logits: Tensor, *teacher_logits_and_mask: Tensor, mask: Tensor | None = None):
+def select_positions(mask: Tensor, student_logits: Tensor, *teacher_logits: Tensor) -> list[Tensor]:
     """The logits ``[N, V]`` of the positions that count, in float32 or float64, free of infinities.
 
     Raises:
         TaidError: the shapes do not fit together.
     """
-    if mask is None:
-        *others, mask = teacher_logits_and_mask
-    else:
-        others = list(teacher_logits_and_mask)
-    for other in others:
-        if other.shape != student_logits.shape:
+    for teacher in teacher_logits:
+        if teacher.shape != student_logits.shape:
             raise TaidError(
-                f"Student logits {list(student_logits.shape)} and teacher logits {list(other.shape)} differ in "
-                "shape; trim both to the shared vocabulary."
+                f"Student logits {list(student_logits.shape)} and teacher logits {list(teacher.shape)} "
+                "differ in shape; trim both to the shared vocabulary."
             )
     if mask.shape != student_logits.shape[:-1]:
         raise TaidError(
@@ -223,7 +219,7 @@ def select_positions(student_logits: Tensor, *teacher_logits_and_mask: Tensor, m
     # Selecting first keeps whatever stands at the other positions, even NaN, out of value and gradient.
     chosen = mask != 0
     selected = [working_precision(student_logits[chosen])]
-    selected += [working_precision(other.detach()[chosen]) for other in others]
+    selected += [working_precision(teacher.detach()[chosen]) for teacher in teacher_logits]
     infinite = torch.stack([logits.detach().isinf() for logits in selected]).any(0)
     return [logits.masked_fill(infinite, -LARGE) for logits in selected]
 

@@ -1,0 +1,546 @@
+"""The objectives from final hidden states and heads, without ever holding ``[B, T, V]`` logits.
+
+Only the positions whose mask is set are projected, a chunk of them at a time, and the gradient is formed
+in the forward pass while the chunk's logits are at hand: backward only scales it. A chunk costs one
+projection by each head, one log-softmax of the student's and one softmax of the target's logits, one dot
+product and the two products of the gradient; nothing else of the vocabulary's size is kept.
+
+Every function equals its namesake in ``taid.objectives`` on
+``softcap(scale * (hidden @ weight.T + bias))``, in value and gradient. Logits must be finite here.
+
+Common arguments:
+
+- ``student_hidden`` ``[N, Hs]`` or ``[B, T, Hs]`` after the final norm, ``student_head_weight`` ``[V, Hs]``;
+  ``teacher_hidden``, ``teacher_head_weight`` the same with the teacher's width. Heads are trimmed to the
+  shared vocabulary beforehand (a slice ``weight[:V]``).
+- ``mask`` ``[N]`` or ``[B, T]``: positions that count; None: all.
+- ``student_head``, ``teacher_head``: ``HeadOptions`` with bias, scale and soft-capping.
+- ``chunk_size``: positions at a time; memory is about ``4 * chunk_size * V * 4`` bytes.
+
+Softmax runs in float32 (float64 inputs stay float64); projections run in the hidden states' type, or in
+autocast's where that is on.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from taid import objectives
+from taid.errors import TaidError
+
+CHUNK_SIZE = 256
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """What a model does to its logits besides the matrix product.
+
+    Attributes:
+        bias: ``[V]``, added first.
+        logit_scale: factor applied next (Cohere's ``logit_scale``, Granite's ``1 / logits_scaling``).
+        softcap: c of ``c * tanh(logits / c)``, applied last (Gemma 2).
+    """
+
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def apply_(self, logits: Tensor) -> Tensor:
+        """Finishes raw products ``[N, V]`` in place."""
+        if self.bias is not None:
+            logits.add_(self.bias.detach())
+        if self.logit_scale != 1.0:
+            logits.mul_(self.logit_scale)
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
+
+    def gradient_(self, gradient: Tensor, logits: Tensor | None) -> Tensor:
+        """Carries the gradient of finished logits back to the raw products, in place."""
+        if self.softcap is not None:
+            assert logits is not None
+            gradient.mul_(1 - (logits / self.softcap).square_())
+        if self.logit_scale != 1.0:
+            gradient.mul_(self.logit_scale)
+        return gradient
+
+
+ChunkObjective = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
+"""(student logits [n, V], teacher logits, labels [n]) -> (summed loss, its gradient by the student logits).
+
+It may overwrite both logits.
+"""
+
+
+def fused_taid(
+    student_hidden: Tensor,
+    student_head_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head_weight: Tensor,
+    t: float,
+    *,
+    mask: Tensor | None = None,
+    student_head: HeadOptions = HeadOptions(),
+    teacher_head: HeadOptions = HeadOptions(),
+    chunk_size: int = CHUNK_SIZE,
+) -> Tensor:
+    """``objectives.taid`` in chunks; see the module for the arguments."""
+    objectives.check_share("t", t)
+
+    def chunk_taid(student: Tensor, teacher: Tensor | None, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert teacher is not None
+        target = torch.lerp(student, teacher, t, out=teacher)
+        return _cross_entropy_with(torch.softmax(target, -1, out=target), student)
+
+    return fused_objective(
+        chunk_taid,
+        student_hidden,
+        student_head_weight,
+        teacher_hidden,
+        teacher_head_weight,
+        mask=mask,
+        student_head=student_head,
+        teacher_head=teacher_head,
+        chunk_size=chunk_size,
+    )
+
+
+def fused_forward_kl(
+    student_hidden: Tensor,
+    student_head_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head_weight: Tensor,
+    **options: Any,
+) -> Tensor:
+    """``objectives.forward_kl`` in chunks; see the module for the arguments."""
+
+    def chunk_forward_kl(
+        student: Tensor, teacher: Tensor | None, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        assert teacher is not None
+        return _cross_entropy_with(torch.softmax(teacher, -1, out=teacher), student)
+
+    return fused_objective(
+        chunk_forward_kl, student_hidden, student_head_weight, teacher_hidden, teacher_head_weight, **options
+    )
+
+
+def fused_reverse_kl(
+    student_hidden: Tensor,
+    student_head_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head_weight: Tensor,
+    **options: Any,
+) -> Tensor:
+    """``objectives.reverse_kl`` in chunks; see the module for the arguments."""
+
+    def chunk_reverse_kl(
+        student: Tensor, teacher: Tensor | None, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        assert teacher is not None
+        log_q = student.log_softmax(-1)
+        slope = log_q - teacher.log_softmax(-1)
+        q = log_q.exp_()
+        return _dot(q, slope).sum(), _through_softmax(q, slope)
+
+    return fused_objective(
+        chunk_reverse_kl, student_hidden, student_head_weight, teacher_hidden, teacher_head_weight, **options
+    )
+
+
+def fused_jensen_shannon(
+    student_hidden: Tensor,
+    student_head_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head_weight: Tensor,
+    teacher_weight: float = 0.1,
+    **options: Any,
+) -> Tensor:
+    """``objectives.jensen_shannon`` in chunks; see the module for the arguments."""
+    objectives.check_share("teacher_weight", teacher_weight)
+
+    def chunk_jensen_shannon(
+        student: Tensor, teacher: Tensor | None, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        assert teacher is not None
+        log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+        log_m = objectives.log_mixture(log_p, log_q, teacher_weight)
+        slope = (log_q - log_m).mul_(1 - teacher_weight)
+        q = log_q.exp_()
+        loss = teacher_weight * _dot(log_p.exp(), log_p - log_m).sum() + _dot(q, slope).sum()
+        return loss, _through_softmax(q, slope)
+
+    return fused_objective(
+        chunk_jensen_shannon,
+        student_hidden,
+        student_head_weight,
+        teacher_hidden,
+        teacher_head_weight,
+        **options,
+    )
+
+
+def fused_total_variation(
+    student_hidden: Tensor,
+    student_head_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head_weight: Tensor,
+    **options: Any,
+) -> Tensor:
+    """``objectives.total_variation`` in chunks; see the module for the arguments."""
+
+    def chunk_total_variation(
+        student: Tensor, teacher: Tensor | None, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        assert teacher is not None
+        q = torch.softmax(student, -1, out=student)
+        difference = q - torch.softmax(teacher, -1, out=teacher)
+        loss = 0.5 * difference.abs().sum()
+        return loss, _through_softmax(q, difference.sign_().mul_(0.5))
+
+    return fused_objective(
+        chunk_total_variation,
+        student_hidden,
+        student_head_weight,
+        teacher_hidden,
+        teacher_head_weight,
+        **options,
+    )
+
+
+def fused_skew_forward_kl(
+    student_hidden: Tensor,
+    student_head_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head_weight: Tensor,
+    skew: float = 0.1,
+    **options: Any,
+) -> Tensor:
+    """``objectives.skew_forward_kl`` in chunks; see the module for the arguments."""
+    objectives.check_share("skew", skew)
+
+    def chunk_skew_forward_kl(
+        student: Tensor, teacher: Tensor | None, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        assert teacher is not None
+        log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+        log_m = objectives.log_mixture(log_p, log_q, skew)
+        slope = (log_p - log_m).exp_().mul_(skew - 1)
+        loss = -_dot(log_p.exp_(), log_m).sum()
+        return loss, _through_softmax(log_q.exp_(), slope)
+
+    return fused_objective(
+        chunk_skew_forward_kl,
+        student_hidden,
+        student_head_weight,
+        teacher_hidden,
+        teacher_head_weight,
+        **options,
+    )
+
+
+def fused_skew_reverse_kl(
+    student_hidden: Tensor,
+    student_head_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head_weight: Tensor,
+    skew: float = 0.1,
+    **options: Any,
+) -> Tensor:
+    """``objectives.skew_reverse_kl`` in chunks; see the module for the arguments."""
+    objectives.check_share("skew", skew)
+
+    def chunk_skew_reverse_kl(
+        student: Tensor, teacher: Tensor | None, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        assert teacher is not None
+        log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+        log_ratio = log_q - objectives.log_mixture(log_q, log_p, skew)
+        q = log_q.exp_()
+        loss = _dot(q, log_ratio).sum()
+        return loss, _through_softmax(q, log_ratio - log_ratio.exp().mul_(skew))
+
+    return fused_objective(
+        chunk_skew_reverse_kl,
+        student_hidden,
+        student_head_weight,
+        teacher_hidden,
+        teacher_head_weight,
+        **options,
+    )
+
+
+def fused_adaptive_kl(
+    student_hidden: Tensor,
+    student_head_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head_weight: Tensor,
+    head_mass: float = 0.5,
+    **options: Any,
+) -> Tensor:
+    """``objectives.adaptive_kl`` in chunks; see the module for the arguments."""
+
+    def chunk_adaptive_kl(
+        student: Tensor, teacher: Tensor | None, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        assert teacher is not None
+        return _by_autograd(
+            lambda logits, mask: objectives.adaptive_kl(logits, teacher, mask, head_mass), student
+        )
+
+    return fused_objective(
+        chunk_adaptive_kl, student_hidden, student_head_weight, teacher_hidden, teacher_head_weight, **options
+    )
+
+
+def fused_decoupled_kd(
+    student_hidden: Tensor,
+    student_head_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head_weight: Tensor,
+    labels: Tensor,
+    alpha: float = 1.0,
+    beta: float = 0.5,
+    **options: Any,
+) -> Tensor:
+    """``objectives.decoupled_kd`` in chunks; ``labels`` ``[N]`` or ``[B, T]``, the rest see the module."""
+
+    def chunk_decoupled_kd(
+        student: Tensor, teacher: Tensor | None, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        assert teacher is not None
+        assert labels is not None
+        return _by_autograd(
+            lambda logits, mask: objectives.decoupled_kd(logits, teacher, mask, labels, alpha, beta), student
+        )
+
+    return fused_objective(
+        chunk_decoupled_kd,
+        student_hidden,
+        student_head_weight,
+        teacher_hidden,
+        teacher_head_weight,
+        labels=labels,
+        **options,
+    )
+
+
+def fused_cross_entropy(
+    student_hidden: Tensor,
+    student_head_weight: Tensor,
+    labels: Tensor,
+    *,
+    mask: Tensor | None = None,
+    student_head: HeadOptions = HeadOptions(),
+    chunk_size: int = CHUNK_SIZE,
+) -> Tensor:
+    """``objectives.cross_entropy`` in chunks; ``labels`` ``[N]`` or ``[B, T]``, the rest see the module."""
+
+    def chunk_cross_entropy(
+        student: Tensor, teacher: Tensor | None, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        assert labels is not None
+        log_q = torch.log_softmax(student, -1, out=student)
+        target = labels.unsqueeze(-1)
+        loss = -log_q.gather(-1, target).sum()
+        gradient = log_q.exp_()
+        gradient.scatter_add_(-1, target, gradient.new_full((), -1.0).expand_as(target))
+        return loss, gradient
+
+    return fused_objective(
+        chunk_cross_entropy,
+        student_hidden,
+        student_head_weight,
+        None,
+        None,
+        labels=labels,
+        mask=mask,
+        student_head=student_head,
+        chunk_size=chunk_size,
+    )
+
+
+def fused_objective(
+    chunk_objective: ChunkObjective,
+    student_hidden: Tensor,
+    student_head_weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_head_weight: Tensor | None,
+    *,
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    student_head: HeadOptions = HeadOptions(),
+    teacher_head: HeadOptions = HeadOptions(),
+    chunk_size: int = CHUNK_SIZE,
+) -> Tensor:
+    """Mean over the masked positions of an objective that is given chunk by chunk.
+
+    Args:
+        chunk_objective: the summed loss of a chunk and its gradient by the student's logits.
+        labels: ``[N]`` or ``[B, T]``, for objectives that read them.
+
+    Raises:
+        TaidError: shapes do not fit together, a label is outside the vocabulary, or ``chunk_size`` is not
+            positive.
+    """
+    if chunk_size < 1:
+        raise TaidError(f"chunk_size is {chunk_size}; it must be at least 1.")
+    positions = student_hidden.shape[:-1]
+    for name, tensor in (("mask", mask), ("labels", labels)):
+        if tensor is not None and tensor.shape != positions:
+            raise TaidError(f"The {name} has shape {list(tensor.shape)}, the positions {list(positions)}.")
+    if teacher_hidden is not None:
+        assert teacher_head_weight is not None
+        if teacher_hidden.shape[:-1] != positions:
+            raise TaidError(
+                f"The teacher's hidden states have positions {list(teacher_hidden.shape[:-1])}, "
+                f"the student's {list(positions)}."
+            )
+        if teacher_head_weight.shape[0] != student_head_weight.shape[0]:
+            raise TaidError(
+                f"The teacher's head has {teacher_head_weight.shape[0]} rows, the student's "
+                f"{student_head_weight.shape[0]}; trim both to the shared vocabulary."
+            )
+    student_hidden = student_hidden.flatten(0, -2)
+    chosen = None if mask is None else (mask.flatten() != 0).nonzero().squeeze(-1)
+
+    def choose(tensor: Tensor) -> Tensor:
+        return tensor if chosen is None or len(chosen) == len(tensor) else tensor.index_select(0, chosen)
+
+    if labels is not None:
+        labels = choose(labels.flatten()).long()
+        rows = student_head_weight.shape[0]
+        if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= rows):
+            raise TaidError(
+                f"A label where the mask is set is outside the vocabulary of {rows} tokens "
+                f"(labels there run from {int(labels.min())} to {int(labels.max())})."
+            )
+    return _Fused.apply(
+        choose(student_hidden),
+        student_head_weight,
+        student_head.bias,
+        None if teacher_hidden is None else choose(teacher_hidden.detach().flatten(0, -2)),
+        None if teacher_head_weight is None else teacher_head_weight.detach(),
+        labels,
+        chunk_objective,
+        student_head,
+        teacher_head,
+        chunk_size,
+    )
+
+
+class _Fused(torch.autograd.Function):
+    """Mean of a chunked objective whose gradient is ready when the forward pass ends."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        student_bias: Tensor | None,
+        teacher_hidden: Tensor | None,
+        teacher_weight: Tensor | None,
+        labels: Tensor | None,
+        chunk_objective: ChunkObjective,
+        student_head: HeadOptions,
+        teacher_head: HeadOptions,
+        chunk_size: int,
+    ) -> Tensor:
+        device = student_hidden.device.type
+        compute_type = (
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else student_hidden.dtype
+        )
+        softmax_type = torch.float64 if compute_type == torch.float64 else torch.float32
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs_gradient = needs_hidden or needs_weight or needs_bias
+        count = student_hidden.shape[0]
+        weight = student_weight.to(compute_type)
+        if teacher_weight is not None:
+            teacher_weight = teacher_weight.to(compute_type)
+        # Sums over chunks are kept in float32 even where the weights are bfloat16.
+        hidden_gradient = torch.zeros_like(student_hidden) if needs_hidden else None
+        weight_gradient = torch.zeros_like(student_weight, dtype=softmax_type) if needs_weight else None
+        bias_gradient = (
+            torch.zeros_like(student_bias, dtype=softmax_type)
+            if needs_bias and student_bias is not None
+            else None
+        )
+        total = torch.zeros((), dtype=softmax_type, device=student_hidden.device)
+        with torch.autocast(device, enabled=False):
+            for start in range(0, count, chunk_size):
+                chunk = slice(start, start + chunk_size)
+                hidden = student_hidden[chunk].to(compute_type)
+                logits = student_head.apply_((hidden @ weight.T).to(softmax_type))
+                teacher_logits = None
+                if teacher_hidden is not None and teacher_weight is not None:
+                    products = teacher_hidden[chunk].to(compute_type) @ teacher_weight.T
+                    teacher_logits = teacher_head.apply_(products.to(softmax_type))
+                capped = logits.clone() if student_head.softcap is not None and needs_gradient else None
+                loss, gradient = chunk_objective(
+                    logits, teacher_logits, None if labels is None else labels[chunk]
+                )
+                total += loss
+                if not needs_gradient:
+                    continue
+                gradient = student_head.gradient_(gradient, capped)
+                if bias_gradient is not None:
+                    # The bias is added before scale and cap, so its gradient is the raw products'.
+                    bias_gradient += gradient.sum(0)
+                gradient = gradient.to(compute_type)
+                if hidden_gradient is not None:
+                    hidden_gradient[chunk] = (gradient @ weight).div_(count)
+                if weight_gradient is not None:
+                    if compute_type == softmax_type:
+                        weight_gradient.addmm_(gradient.T, hidden)
+                    else:
+                        weight_gradient += gradient.T @ hidden
+        divisor = max(count, 1)
+        ctx.save_for_backward(
+            hidden_gradient,
+            None if weight_gradient is None else weight_gradient.div_(divisor).to(student_weight.dtype),
+            None if bias_gradient is None else bias_gradient.div_(divisor).to(student_bias.dtype),  # type: ignore[union-attr]
+        )
+        return total / divisor
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = outputs
+        gradients = tuple(
+            None if gradient is None else gradient * scale.to(gradient.dtype)
+            for gradient in ctx.saved_tensors
+        )
+        return (*gradients, *[None] * 7)
+
+
+def _cross_entropy_with(target: Tensor, student_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy of target probabilities against the student, and softmax(student) - target."""
+    log_q = torch.log_softmax(student_logits, -1, out=student_logits)
+    loss = -_dot(target, log_q).sum()
+    return loss, log_q.exp_().sub_(target)
+
+
+def _through_softmax(q: Tensor, slope: Tensor) -> Tensor:
+    """Gradient by the logits from the derivative by q's entries, in place: q (slope - <q, slope>)."""
+    return slope.sub_(_dot(q, slope).unsqueeze(-1)).mul_(q)
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    """Row-wise dot product ``[n]`` of ``[n, V]`` and ``[n, V]`` without a temporary of their size."""
+    return torch.bmm(left.unsqueeze(1), right.unsqueeze(2)).flatten()
+
+
+def _by_autograd(
+    objective: Callable[[Tensor, Tensor], Tensor], student_logits: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Summed loss and gradient of a chunk through the reference objective."""
+    count = student_logits.shape[0]
+    everything = torch.ones(count, dtype=torch.bool, device=student_logits.device)
+    with torch.enable_grad():
+        leaf = student_logits.detach().requires_grad_()
+        loss = objective(leaf, everything) * count
+        (gradient,) = torch.autograd.grad(loss, leaf)
+    return loss.detach(), gradient.clone()
