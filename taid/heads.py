@@ -1,0 +1,74 @@
+"""What stands between a causal language model's final hidden states and its logits."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taid.errors import TaidError
+from taid.fused import HeadOptions
+
+
+def head_weight(model: Any) -> Tensor:
+    """The weight ``[V, H]`` of the model's output head.
+
+    Raises:
+        TaidError: the model has none.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        raise TaidError(f"{type(model).__name__} has no output head; give a causal language model.")
+    return _whole(head.weight)
+
+
+def head_options(model: Any) -> HeadOptions:
+    """Bias, scale and soft-capping of the model's logits, read from its head and configuration."""
+    config = model.config.get_text_config()
+    scale = 1.0
+    if getattr(config, "logit_scale", None) is not None:
+        scale = float(config.logit_scale)
+    elif getattr(config, "logits_scaling", None) is not None:
+        scale = 1.0 / float(config.logits_scaling)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    bias = getattr(model.get_output_embeddings(), "bias", None)
+    return HeadOptions(
+        bias=None if bias is None else _whole(bias),
+        logit_scale=scale,
+        softcap=None if softcap is None else float(softcap),
+    )
+
+
+def trim(weight: Tensor, options: HeadOptions, vocabulary_size: int) -> tuple[Tensor, HeadOptions]:
+    """Head weight and options of the first ``vocabulary_size`` rows; views, no copies.
+
+    Raises:
+        TaidError: the head has fewer rows.
+    """
+    if weight.shape[0] < vocabulary_size:
+        raise TaidError(
+            f"A head of {weight.shape[0]} rows cannot stand for {vocabulary_size} shared tokens; "
+            "teacher and student must share the vocabulary."
+        )
+    if weight.shape[0] == vocabulary_size:
+        return weight, options
+    bias = None if options.bias is None else options.bias[:vocabulary_size]
+    return weight[:vocabulary_size], HeadOptions(bias, options.logit_scale, options.softcap)
+
+
+def final_hidden_states(model: Any, input_ids: Tensor, **inputs: Any) -> Tensor:
+    """Hidden states ``[B, T, H]`` after the final norm, without a projection by the head."""
+    decoder: nn.Module = model.get_decoder()
+    return decoder(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
+
+
+def _whole(parameter: Any) -> Tensor:
+    """A parameter that FSDP2 or tensor parallelism has sharded, gathered; differentiable."""
+    return parameter.full_tensor() if isinstance(parameter, _distributed_tensor()) else parameter
+
+
+def _distributed_tensor() -> type:
+    if torch.distributed.is_available():
+        from torch.distributed.tensor import DTensor
+
+        return DTensor
+    return type(None)
