@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from taid.errors import TaidError
@@ -63,12 +62,4 @@ def final_hidden_states(model: Any, input_ids: Tensor, **inputs: Any) -> Tensor:
 
 def _whole(parameter: Any) -> Tensor:
     """A parameter that FSDP2 or tensor parallelism has sharded, gathered; differentiable."""
-    return parameter.full_tensor() if isinstance(parameter, _distributed_tensor()) else parameter
-
-
-def _distributed_tensor() -> type:
-    if torch.distributed.is_available():
-        from torch.distributed.tensor import DTensor
-
-        return DTensor
-    return type(None)
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter

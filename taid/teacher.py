@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -297,7 +298,7 @@ def write_hidden_state_cache(
                     None if positions is None else positions[first:last],
                     DTYPES[dtype],
                     batch_size,
-                    (lambda done, first=first: progress(first + done, len(tokens))) if progress else None,
+                    None if progress is None else partial(_report, progress, first, len(tokens)),
                 )
                 digest = _write_array(path, hidden)
                 shard = {"name": path.name, "rows": last - first, "sha256": digest}
@@ -330,6 +331,10 @@ def model_digest(model: Any) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _report(progress: Callable[[int, int], None], before: int, total: int, done: int) -> None:
+    progress(before + done, total)
 
 
 @torch.no_grad()
@@ -393,31 +398,31 @@ def _write_head(model: Any, folder: Path) -> None:
     bias = head_options(model).bias
     if bias is not None:
         tensors["bias"] = bias.detach().cpu().contiguous()
-    partial = folder / "head.safetensors.partial"
-    save_file(tensors, partial)
-    _publish(partial, folder / "head.safetensors")
+    unfinished = folder / "head.safetensors.partial"
+    save_file(tensors, unfinished)
+    _publish(unfinished, folder / "head.safetensors")
 
 
 def _write_array(path: Path, array: np.ndarray) -> str:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    unfinished = path.with_name(path.name + ".partial")
+    with unfinished.open("wb") as file:
         np.save(file, array, allow_pickle=False)
-    digest = _sha256(partial)
-    _publish(partial, path)
+    digest = _sha256(unfinished)
+    _publish(unfinished, path)
     return digest
 
 
 def _write_json(path: Path, value: Any) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    _publish(partial, path)
+    unfinished = path.with_name(path.name + ".partial")
+    unfinished.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    _publish(unfinished, path)
 
 
-def _publish(partial: Path, path: Path) -> None:
+def _publish(unfinished: Path, path: Path) -> None:
     """Gives a file its name once its bytes are on the disk."""
-    with partial.open("rb") as file:
+    with unfinished.open("rb") as file:
         os.fsync(file.fileno())
-    partial.replace(path)
+    unfinished.replace(path)
 
 
 def _read_json(path: Path, remedy: str) -> dict[str, Any]:
