@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-
 from export.gguf import QUANTIZATIONS as GGUF_QUANTIZATIONS
 from export.mlc import QUANTIZATIONS as MLC_QUANTIZATIONS
 from export.onnx import PRECISIONS as ONNX_PRECISIONS
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
 from pipeline.errors import UserError
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
@@ -27,7 +27,7 @@ class Teacher(Section):
     """The big model."""
 
     model: str = Field(
-        description="Hugging Face name, local folder, or package:NAME for a GGUF that a Python package carries."
+        description="Hugging Face name, local folder, or package:NAME for a GGUF that a package carries."
     )
     revision: str | None = Field(None, description="Commit or tag of a Hugging Face name.")
     trust_remote_code: bool = Field(False, description="Run code that the model's repository carries.")

@@ -1,0 +1,65 @@
+"""The teacher's final hidden states on training and held-out text, computed once and read by every
+training run and evaluation: the exact distribution for the price of the head."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.artifacts import Artifact, Store
+from pipeline.models import load_model, position_ids, throttled
+from pipeline.recipe import Recipe
+from taid import write_hidden_state_cache
+
+STAGE = "hidden_states"
+VERSION = 1
+SPLITS = ("train", "held_out")
+
+
+def run(store: Store, recipe: Recipe, teacher: Artifact, text: Artifact) -> Artifact:
+    """Writes one cache for each split.
+
+    Returns:
+        ``train/`` and ``held_out/``, folders that ``taid.CachedTeacher`` opens. A killed run goes on after
+        its last complete shard.
+    """
+
+    def make(output: Path, work: Path) -> None:
+        model = load_model(teacher.path / "model")
+        report = throttled(store.report)
+        for split in SPLITS:
+            blocks = np.load(text.path / f"{split}.npy")
+            documents = np.load(text.path / f"documents_{split}.npy")
+            started, resumed_at = time.monotonic(), None
+
+            def progress(done: int, total: int, split: str = split, length: int = blocks.shape[1]) -> None:
+                nonlocal resumed_at
+                elapsed = time.monotonic() - started
+                resumed_at = done if resumed_at is None else resumed_at
+                rate = (done - resumed_at) * length / max(elapsed, 1e-9)
+                left = (total - done) * length / rate if rate else float("nan")
+                report(
+                    f"hidden states: {split} {done * length:,} of {total * length:,} tokens, "
+                    f"{rate:.0f} tok/s, {left:.0f} s left"
+                )
+
+            write_hidden_state_cache(
+                model,
+                blocks,
+                work / split,
+                dtype=recipe.teacher.cache_dtype,
+                batch_size=4,
+                progress=progress,
+                position_ids=position_ids(documents),
+                teacher_digest=teacher.digest,
+            )
+        for split in SPLITS:
+            (work / split).rename(output / split)
+
+    return store.get_or_make(
+        STAGE,
+        VERSION,
+        {"cache_dtype": recipe.teacher.cache_dtype},
+        {"teacher": teacher, "text": text},
+        make,
+    )

@@ -1,0 +1,179 @@
+"""Instruction tuning: TRL's SFTTrainer on chats, with loss on the assistant's turns only."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from export.torch_runtime import TorchRuntime
+from peft import LoraConfig
+from trl import SFTConfig, SFTTrainer
+
+from export.runtime import generate_greedily
+from pipeline.artifacts import Artifact, Store, write_json
+from pipeline.chat_template import render_with_mask
+from pipeline.models import load_model, load_tokenizer, save_model
+from pipeline.recipe import Recipe
+from pipeline.training import ProgressLines, curve_of, train, training_values
+from taid import LiveTeacher, TaidError, evaluate_distillation, freeze_embeddings
+
+STAGE = "instruct"
+VERSION = 1
+SAMPLE_CONVERSATIONS = 4
+SAMPLE_TOKENS = 48
+
+
+def run(store: Store, recipe: Recipe, teacher: Artifact, student: Artifact, chats: Artifact) -> Artifact:
+    """Tunes the student on the chats' assistant turns.
+
+    Returns:
+        ``model/``, ``curve.json``, ``evaluation.json`` {before, after: {assistant_cross_entropy,
+        kl_to_teacher, tokens}} on held-out chats, and ``conversations.json``: greedy answers of teacher,
+        student before and student after to held-out prompts, as they are.
+
+    Raises:
+        UserError: training diverges.
+    """
+    section = recipe.instruct
+
+    def make(output: Path, work: Path) -> None:
+        model, tokenizer = load_model(student.path / "model"), load_tokenizer(student.path / "model")
+        generation_config = model.generation_config
+        train_examples = rendered(chats.path / "train.jsonl", tokenizer)
+        held_out = rendered(chats.path / "held_out.jsonl", tokenizer)
+        reference = LiveTeacher(load_model(teacher.path / "model"))
+        store.report("instruct: evaluating on held-out chats before")
+        before = evaluate(model, reference, held_out)
+        lora = None
+        if section.lora is not None:
+            lora = LoraConfig(
+                r=section.lora.rank,
+                lora_alpha=section.lora.alpha,
+                lora_dropout=section.lora.dropout,
+                target_modules="all-linear",
+                task_type="CAUSAL_LM",
+            )
+        elif section.freeze_embeddings:
+            freeze_embeddings(model)
+        trainer = SFTTrainer(
+            model=model,
+            args=SFTConfig(
+                **training_values(section, work, recipe.seed),
+                max_length=None,
+                packing=False,
+                completion_only_loss=False,
+                dataset_kwargs={"skip_prepare_dataset": True},
+                gradient_checkpointing=False,
+                average_tokens_across_devices=True,
+            ),
+            train_dataset=Dataset.from_list(
+                [
+                    {
+                        "input_ids": input_ids,
+                        "labels": [
+                            token if kept else -100 for token, kept in zip(input_ids, mask, strict=True)
+                        ],
+                    }
+                    for input_ids, mask in train_examples
+                ]
+            ),
+            processing_class=tokenizer,
+            peft_config=lora,
+            callbacks=[ProgressLines("instruct", store.report)],
+        )
+        train(trainer, work, "instruct")
+        tuned = trainer.model.merge_and_unload() if lora is not None else model
+        tuned.requires_grad_(True)
+        store.report("instruct: evaluating on held-out chats after")
+        after = evaluate(tuned, reference, held_out)
+        save_model(tuned, tokenizer, output / "model", generation_config)
+        write_json(output / "curve.json", curve_of(trainer.state.log_history))
+        write_json(output / "evaluation.json", {"before": before, "after": after})
+        del trainer, model, tuned, reference
+        prompts = held_out_prompts(chats.path / "held_out.jsonl")
+        folders = {
+            "teacher": teacher.path / "model",
+            "before": student.path / "model",
+            "after": output / "model",
+        }
+        answers = {who: greedy_answers(folder, prompts, recipe.threads) for who, folder in folders.items()}
+        write_json(
+            output / "conversations.json",
+            [
+                {"prompt": prompt[-1]["content"], **{who: answers[who][number] for who in folders}}
+                for number, prompt in enumerate(prompts)
+            ],
+        )
+
+    return store.get_or_make(
+        STAGE,
+        VERSION,
+        recipe.slice("instruct"),
+        {"teacher": teacher, "student": student, "chats": chats},
+        make,
+        recipe.seed,
+    )
+
+
+def rendered(path: Path, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
+    """Token ids and assistant mask of each conversation of a JSON Lines file."""
+    with path.open(encoding="utf-8") as lines:
+        return [render_with_mask(tokenizer, json.loads(line)["messages"]) for line in lines]
+
+
+def evaluate(
+    model: Any, teacher: LiveTeacher, examples: list[tuple[list[int], list[int]]]
+) -> dict[str, float]:
+    """Means over the assistant tokens of all examples, in nats.
+
+    Returns:
+        ``assistant_cross_entropy``, ``kl_to_teacher`` (KL(teacher || student)), ``teacher_cross_entropy``
+        and ``tokens``, how many were counted.
+    """
+    sums = {"student_cross_entropy": 0.0, "kl_teacher_student": 0.0, "teacher_cross_entropy": 0.0}
+    count = 0
+    for input_ids, mask in examples:
+        try:
+            measured = evaluate_distillation(
+                model, teacher, torch.tensor([input_ids]), loss_mask=torch.tensor([mask])
+            )
+        except TaidError:  # a conversation without a learned token
+            continue
+        tokens = int(measured["tokens"])
+        count += tokens
+        for name in sums:
+            sums[name] += measured[name] * tokens
+    return {
+        "assistant_cross_entropy": sums["student_cross_entropy"] / max(count, 1),
+        "kl_to_teacher": sums["kl_teacher_student"] / max(count, 1),
+        "teacher_cross_entropy": sums["teacher_cross_entropy"] / max(count, 1),
+        "tokens": count,
+    }
+
+
+def held_out_prompts(path: Path) -> list[list[dict[str, str]]]:
+    """The first held-out conversations up to their last user turn."""
+    prompts = []
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            prompts.append(json.loads(line)["messages"][:-1])
+            if len(prompts) == SAMPLE_CONVERSATIONS:
+                break
+    return prompts
+
+
+def greedy_answers(folder: Path, prompts: list[list[dict[str, str]]], threads: int) -> list[str]:
+    """A model's greedy answer to each prompt."""
+    runtime = TorchRuntime(folder, threads, None)
+    try:
+        return [
+            runtime.decode_text(
+                generate_greedily(
+                    runtime, runtime.chat_ids(prompt, add_generation_prompt=True), SAMPLE_TOKENS
+                )
+            ).strip()
+            for prompt in prompts
+        ]
+    finally:
+        runtime.close()

@@ -1,0 +1,69 @@
+"""The student before any training: an existing model, or the teacher without its least influential layers."""
+
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.artifacts import Artifact, Store, write_json
+from pipeline.errors import UserError
+from pipeline.models import count_parameters, load_model, load_tokenizer, save_model
+from pipeline.recipe import Recipe
+from taid import TaidError, prune_by_influence, shared_vocabulary_size
+
+STAGE = "student"
+VERSION = 1
+
+
+def run(store: Store, recipe: Recipe, teacher: Artifact, text: Artifact) -> Artifact:
+    """Makes the initial student.
+
+    Returns:
+        ``model/`` and ``student.json`` {parameters, layers, influences, dropped}.
+
+    Raises:
+        UserError: the student cannot be loaded, has another tokenizer than the teacher, or cannot keep as
+            many layers as the recipe asks.
+    """
+
+    def make(output: Path, work: Path) -> None:
+        teacher_tokenizer = load_tokenizer(teacher.path / "model")
+        facts: dict[str, object]
+        if recipe.student.prune is not None:
+            model, tokenizer = load_model(teacher.path / "model"), teacher_tokenizer
+            layers = recipe.student.prune.layers
+            store.report(f"student: measuring the influence of the teacher's layers, {layers} will remain")
+            calibration = np.load(text.path / "calibration.npy")
+            try:
+                model, influences, dropped = prune_by_influence(model, calibration, layers)
+            except TaidError as error:
+                raise UserError(f"student.prune.layers: {error}") from None
+            facts = {"influences": influences, "dropped": dropped}
+        else:
+            assert recipe.student.model is not None
+            source, revision = recipe.student.model, recipe.student.revision
+            model, tokenizer = (
+                load_model(source, revision=revision),
+                load_tokenizer(source, revision=revision),
+            )
+            facts = {"influences": None, "dropped": None}
+        teacher_rows = load_config_vocabulary_size(teacher.path / "model")
+        try:
+            shared_vocabulary_size(teacher_tokenizer, tokenizer, teacher_rows, model.config.vocab_size)
+        except TaidError as error:
+            raise UserError(f"student.model: {error}") from None
+        save_model(model, teacher_tokenizer, output / "model", model.generation_config)
+        layers_left = model.config.get_text_config().num_hidden_layers
+        write_json(
+            output / "student.json", {"parameters": count_parameters(model), "layers": layers_left, **facts}
+        )
+
+    return store.get_or_make(
+        STAGE, VERSION, recipe.slice("student"), {"teacher": teacher, "text": text}, make, recipe.seed
+    )
+
+
+def load_config_vocabulary_size(folder: Path) -> int:
+    """Rows of the embedding, as the folder's configuration says."""
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(folder).get_text_config().vocab_size)

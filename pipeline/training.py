@@ -1,0 +1,121 @@
+"""What the training stages share: the Trainer's arguments, progress lines, resuming, learning curves."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
+
+from pipeline.errors import UserError
+from pipeline.models import throttled
+from pipeline.recipe import Training
+from taid import TaidError, last_complete_checkpoint
+
+
+def training_values(section: Training, work: Path, seed: int) -> dict[str, Any]:
+    """Keyword arguments of ``TrainingArguments`` (and of TRL's ``SFTConfig``) for a training section."""
+    return {
+        "output_dir": str(work),
+        "learning_rate": section.learning_rate,
+        "per_device_train_batch_size": section.batch_size,
+        "per_device_eval_batch_size": section.batch_size,
+        "gradient_accumulation_steps": section.gradient_accumulation,
+        "num_train_epochs": section.epochs,
+        "lr_scheduler_type": "cosine",
+        "warmup_ratio": section.warmup_ratio,
+        "weight_decay": section.weight_decay,
+        "max_grad_norm": section.max_grad_norm,
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": section.checkpoint_every,
+        "save_total_limit": 2,
+        "seed": seed,
+        "data_seed": seed,
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": torch.cuda.is_available(),
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": False,
+    }
+
+
+class ProgressLines(TrainerCallback):
+    """One line every few seconds: what, how far, how fast, how long still."""
+
+    def __init__(self, label: str, report: Callable[[str], None]):
+        self.label = label
+        self.report = throttled(report)
+        self.started = 0.0
+        self.first_step = 0
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Starts the clock; a resumed run's earlier steps do not count for the rate."""
+        self.started, self.first_step = time.monotonic(), state.global_step
+        if state.global_step:
+            self.report(f"{self.label}: going on from step {state.global_step} of {state.max_steps}")
+
+    def on_log(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Reports a logged step."""
+        if not logs or "loss" not in logs:
+            return
+        done = state.global_step - self.first_step
+        left = (time.monotonic() - self.started) / max(done, 1) * (state.max_steps - state.global_step)
+        parts = [f"{self.label}: step {state.global_step} of {state.max_steps}, loss {logs['loss']:.3f}"]
+        if "t" in logs:
+            parts.append(f"t {logs['t']:.2f}")
+        if "tokens_per_second" in logs:
+            parts.append(f"{logs['tokens_per_second']:.0f} tok/s")
+        self.report(", ".join([*parts, f"{left:.0f} s left"]))
+
+
+def train(trainer: Any, work: Path, section: str) -> float:
+    """Trains to the end, from the last complete checkpoint when there is one.
+
+    Returns:
+        Seconds of this process's training.
+
+    Raises:
+        UserError: the loss is no longer a number, or the settings do not fit together.
+    """
+    trainer.remove_callback(PrinterCallback)
+    started = time.monotonic()
+    checkpoint = last_complete_checkpoint(work)
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except TaidError as error:
+        raise UserError(f"{section}: {error}") from None
+    if any(entry["loss"] != entry["loss"] for entry in trainer.state.log_history if "loss" in entry):
+        raise UserError(f"{section}.learning_rate: the loss became NaN; choose a smaller learning rate.")
+    return time.monotonic() - started
+
+
+def curve_of(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Learning curve, one point a step: the Trainer's log with evaluation merged into its step."""
+    names = {
+        "loss": "loss",
+        "t": "t",
+        "learning_rate": "learning_rate",
+        "tokens_per_second": "tokens_per_second",
+        "grad_norm": "grad_norm",
+        "eval_kl_teacher_student": "held_out_kl",
+        "eval_student_cross_entropy": "held_out_cross_entropy",
+        "eval_loss": "held_out_loss",
+    }
+    points: dict[int, dict[str, Any]] = {}
+    for entry in log_history:
+        if "train_runtime" in entry:
+            continue
+        point = points.setdefault(entry["step"], {"step": entry["step"]})
+        point.update({name: entry[key] for key, name in names.items() if key in entry})
+    return [points[step] for step in sorted(points)]
