@@ -86,7 +86,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def file_digests(folder: Path) -> dict[str, dict[str, Any]]:
-    """SHA-256 and size of every file below a folder, by its path relative to it (``artifact.json`` left out)."""
+    """SHA-256 and size of every file below a folder, by relative path; ``artifact.json`` is left out."""
     return {
         path.relative_to(folder).as_posix(): {"sha256": sha256_of_file(path), "bytes": path.stat().st_size}
         for path in sorted(folder.rglob("*"))

@@ -2,6 +2,7 @@
 training run and evaluation: the exact distribution for the price of the head."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,26 +31,13 @@ def run(store: Store, recipe: Recipe, teacher: Artifact, text: Artifact) -> Arti
         for split in SPLITS:
             blocks = np.load(text.path / f"{split}.npy")
             documents = np.load(text.path / f"documents_{split}.npy")
-            started, resumed_at = time.monotonic(), None
-
-            def progress(done: int, total: int, split: str = split, length: int = blocks.shape[1]) -> None:
-                nonlocal resumed_at
-                elapsed = time.monotonic() - started
-                resumed_at = done if resumed_at is None else resumed_at
-                rate = (done - resumed_at) * length / max(elapsed, 1e-9)
-                left = (total - done) * length / rate if rate else float("nan")
-                report(
-                    f"hidden states: {split} {done * length:,} of {total * length:,} tokens, "
-                    f"{rate:.0f} tok/s, {left:.0f} s left"
-                )
-
             write_hidden_state_cache(
                 model,
                 blocks,
                 work / split,
                 dtype=recipe.teacher.cache_dtype,
                 batch_size=4,
-                progress=progress,
+                progress=progress_lines(report, split, blocks.shape[1]),
                 position_ids=position_ids(documents),
                 teacher_digest=teacher.digest,
             )
@@ -63,3 +51,21 @@ def run(store: Store, recipe: Recipe, teacher: Artifact, text: Artifact) -> Arti
         {"teacher": teacher, "text": text},
         make,
     )
+
+
+def progress_lines(report: Callable[[str], None], split: str, length: int) -> Callable[[int, int], None]:
+    """Turns (blocks done, blocks in all) into lines that say how far, how fast and how long still."""
+    started = time.monotonic()
+    first: int | None = None
+
+    def progress(done: int, total: int) -> None:
+        nonlocal first
+        # What an earlier, killed run had finished does not count for the rate.
+        first = done if first is None else first
+        rate = (done - first) * length / max(time.monotonic() - started, 1e-9)
+        left = f", {(total - done) * length / rate:.0f} s left" if rate else ""
+        report(
+            f"hidden states: {split} {done * length:,} of {total * length:,} tokens, {rate:.0f} tok/s{left}"
+        )
+
+    return progress

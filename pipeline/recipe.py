@@ -43,8 +43,8 @@ class Text(Section):
 
     sources: list[str] = Field(
         min_length=1,
-        description="Each a .txt, .jsonl or .parquet file, a folder of them, dataset:NAME for a `datasets` name, "
-        "or package:NAME for text that an installed package carries.",
+        description="Each a .txt, .jsonl or .parquet file, a folder of them, dataset:NAME for a `datasets` "
+        "name, or package:NAME for text that an installed package carries.",
     )
     text_field: str = Field(
         "text", description="The field of JSON Lines, Parquet and datasets that holds the text."
@@ -173,7 +173,7 @@ class Export(Section):
     onnx: list[str] = Field(default=["fp32", "int4"])
     pre_tokenizer: str | None = Field(
         None,
-        description="llama.cpp's name of the pre-tokenizer, for a tokenizer that its converter does not know.",
+        description="llama.cpp's name of the pre-tokenizer, for one that its converter does not recognise.",
     )
 
     @model_validator(mode="after")
