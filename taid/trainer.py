@@ -151,6 +151,7 @@ class InterpolationCallback(TrainerCallback, ExportableState):
             "args": {},
             "attributes": {},
             "interpolation": None if interpolation is None else interpolation.state_dict(),
+            "learned_tokens": self.trainer.learned_tokens if self.trainer else 0,
         }
 
     def on_train_begin(
@@ -162,7 +163,10 @@ class InterpolationCallback(TrainerCallback, ExportableState):
         stored: Any = callbacks.get(type(self).__name__)
         if isinstance(stored, list):
             stored = stored[-1] if stored else None
-        if state.global_step == 0 or self.trainer.interpolation is None:
+        if state.global_step == 0:
+            return
+        self.trainer.learned_tokens = int((stored or {}).get("learned_tokens", 0))
+        if self.trainer.interpolation is None:
             return
         if not stored or not stored.get("interpolation"):
             raise TaidError(
@@ -187,7 +191,7 @@ class DistillationTrainer(Trainer):
 
     Its logs carry, besides the Trainer's loss and learning rate, ``t`` (the one the step was taken with),
     ``tokens_per_second`` (all tokens of the blocks, on all ranks, since the last log; evaluation and
-    checkpoints not counted) and ``tokens`` (learned tokens so far in this process).
+    checkpoints not counted) and ``tokens`` (learned tokens so far, on all ranks).
     """
 
     def __init__(
@@ -260,8 +264,8 @@ class DistillationTrainer(Trainer):
         self._student: Any = model
         self._step_loss = 0.0
         self._t_of_step: float | None = None
-        self._tokens = 0
-        self._blocks_tokens = 0
+        self.learned_tokens = 0
+        self._block_tokens = 0
         self._seconds = 0.0
         self._step_began: float | None = None
         self.add_callback(InterpolationCallback(self))
@@ -285,8 +289,8 @@ class DistillationTrainer(Trainer):
             device=device,
         )
         learned, seen = self.accelerator.reduce(counts, reduction="sum").tolist()
-        self._tokens += learned
-        self._blocks_tokens += seen
+        self.learned_tokens += learned
+        self._block_tokens += seen
         self._step_loss = 0.0
         self._t_of_step = None if self.interpolation is None else self.interpolation.t
         return batches, learned
@@ -357,10 +361,10 @@ class DistillationTrainer(Trainer):
         if "loss" in logs and "learning_rate" in logs:
             if self._t_of_step is not None:
                 logs["t"] = self._t_of_step
-            logs["tokens"] = self._tokens
+            logs["tokens"] = self.learned_tokens
             if self._seconds > 0:
-                logs["tokens_per_second"] = self._blocks_tokens / self._seconds
-            self._blocks_tokens, self._seconds = 0, 0.0
+                logs["tokens_per_second"] = self._block_tokens / self._seconds
+            self._block_tokens, self._seconds = 0, 0.0
         super().log(logs, start_time)
 
     def evaluate(  # type: ignore[override]
@@ -398,7 +402,7 @@ class DistillationTrainer(Trainer):
         return metrics
 
     def _load_callback_state(self) -> None:
-        """The Trainer may make callbacks anew from a checkpoint; the interpolation's must know its trainer."""
+        """The Trainer may make callbacks anew from a checkpoint; ours must know its trainer."""
         super()._load_callback_state()
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, InterpolationCallback):
@@ -535,11 +539,11 @@ def last_complete_checkpoint(folder: Path | str) -> Path | None:
         number = path.name.removeprefix("checkpoint-")
         if number.isdigit():
             found.append((int(number), path))
-    for number, path in sorted(found, reverse=True):
+    for step, path in sorted(found, reverse=True):
         try:
             state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if state.get("global_step") == number and math.isfinite(state.get("max_steps", math.nan)):
+        if state.get("global_step") == step and math.isfinite(state.get("max_steps", math.nan)):
             return path
     return None

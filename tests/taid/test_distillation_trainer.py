@@ -214,6 +214,7 @@ def test_resume_ends_in_the_same_weights(tmp_path, token_blocks, teacher, accumu
     assert resumed.interpolation.state_dict() == whole.interpolation.state_dict()
     assert logged(resumed, "t") == logged(whole, "t")
     assert logged(resumed, "loss") == logged(whole, "loss")
+    assert logged(resumed, "tokens") == logged(whole, "tokens")
     assert sorted(path.name for path in (tmp_path / "whole" / "checkpoint-3").glob("*.safetensors"))
 
 

@@ -1,0 +1,213 @@
+"""The fused objectives equal the reference in value and in every gradient, in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from taid import HeadOptions, TaidError, fused, objectives
+
+NAMES = (
+    "taid",
+    "forward_kl",
+    "reverse_kl",
+    "jensen_shannon",
+    "total_variation",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "adaptive_kl",
+    "decoupled_kd",
+    "cross_entropy",
+)
+
+
+def finish(products, options: HeadOptions):
+    """Written apart from HeadOptions.apply_, and differentiable."""
+    logits = products if options.bias is None else products + options.bias
+    logits = logits * options.logit_scale
+    return logits if options.softcap is None else options.softcap * torch.tanh(logits / options.softcap)
+
+
+def problem(seed, count, vocabulary, student_width, teacher_width, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, dtype=dtype, generator=generator)
+
+    return {
+        "hidden": random(count, student_width),
+        "weight": random(vocabulary, student_width),
+        "bias": random(vocabulary),
+        "teacher_hidden": random(count, teacher_width),
+        "teacher_weight": random(vocabulary, teacher_width),
+        "teacher_bias": random(vocabulary),
+        "labels": torch.randint(0, vocabulary, (count,), generator=generator),
+        "mask": torch.rand(count, generator=generator) < 0.7,
+    }
+
+
+def both(name, parts, extra, bias, scale, softcap, chunk_size):
+    """Loss and gradients by (fused, reference)."""
+    results = []
+    extra = {**extra, "labels": parts["labels"]} if name in ("decoupled_kd", "cross_entropy") else extra
+    for is_fused in (True, False):
+        hidden, weight = (parts[key].clone().requires_grad_() for key in ("hidden", "weight"))
+        student_bias = parts["bias"].clone().requires_grad_() if bias else None
+        student = HeadOptions(student_bias, scale, softcap)
+        teacher = HeadOptions(parts["teacher_bias"] if bias else None, 0.8, softcap)
+        if is_fused:
+            models = [hidden, weight]
+            options = {"mask": parts["mask"], "student_head": student, "chunk_size": chunk_size, **extra}
+            if name != "cross_entropy":
+                models += [parts["teacher_hidden"], parts["teacher_weight"]]
+                options["teacher_head"] = teacher
+            loss = getattr(fused, f"fused_{name}")(*models, **options)
+        else:
+            logits = [finish(hidden @ weight.T, student)]
+            if name != "cross_entropy":
+                logits.append(finish(parts["teacher_hidden"] @ parts["teacher_weight"].T, teacher))
+            loss = getattr(objectives, name)(*logits, parts["mask"], **extra)
+        (2.5 * loss).backward()
+        gradients = [hidden.grad, weight.grad] + ([student_bias.grad] if student_bias is not None else [])
+        results.append([loss.detach(), *gradients])
+    return results
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(NAMES),
+    seed=st.integers(0, 2**31),
+    count=st.integers(1, 20),
+    vocabulary=st.integers(2, 50),
+    widths=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    bias=st.booleans(),
+    scale=st.sampled_from([1.0, 0.3]),
+    softcap=st.sampled_from([None, 4.0]),
+    chunk_size=st.integers(1, 25),
+    share=st.floats(0, 1),
+)
+def test_equal_to_the_reference(
+    name, seed, count, vocabulary, widths, bias, scale, softcap, chunk_size, share
+):
+    extra = {
+        "taid": {"t": share},
+        "jensen_shannon": {"teacher_weight": share},
+        "skew_forward_kl": {"skew": share},
+        "skew_reverse_kl": {"skew": share},
+        "adaptive_kl": {"head_mass": share},
+        "decoupled_kd": {"alpha": share, "beta": 1 - share},
+    }.get(name, {})
+    parts = problem(seed, count, vocabulary, *widths)
+    for ours, reference in zip(*both(name, parts, extra, bias, scale, softcap, chunk_size), strict=True):
+        largest = max(float(reference.abs().max()), 1e-3)
+        torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-10 * largest)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_token_gives_zero(name):
+    parts = problem(0, 5, 11, 3, 4)
+    parts["mask"] = torch.zeros(5, dtype=torch.bool)
+    extra = {"t": 0.5} if name == "taid" else {}
+    ours, _ = both(name, parts, extra, True, 1.0, None, 2)
+    assert all(torch.equal(value, torch.zeros_like(value)) for value in ours)
+
+
+def test_batches_keep_their_shape_and_frozen_heads_get_no_gradient():
+    parts = problem(1, 12, 11, 3, 4)
+    hidden = parts["hidden"].reshape(3, 4, 3).requires_grad_()
+    loss = fused.fused_taid(
+        hidden,
+        parts["weight"],
+        parts["teacher_hidden"].reshape(3, 4, 4),
+        parts["teacher_weight"].requires_grad_(),
+        0.5,
+        mask=parts["mask"].reshape(3, 4),
+    )
+    loss.backward()
+    assert hidden.grad.shape == hidden.shape
+    assert parts["weight"].grad is None
+    assert parts["teacher_weight"].grad is None
+    assert torch.equal(hidden.grad.flatten(0, 1)[~parts["mask"]], torch.zeros(int((~parts["mask"]).sum()), 3))
+    with torch.no_grad():
+        assert torch.equal(
+            fused.fused_taid(
+                hidden,
+                parts["weight"],
+                parts["teacher_hidden"].reshape(3, 4, 4),
+                parts["teacher_weight"],
+                0.5,
+                mask=parts["mask"].reshape(3, 4),
+            ),
+            loss,
+        )
+
+
+def test_only_masked_in_tokens_are_projected():
+    """What is masked out may be NaN: it is never read."""
+    parts = problem(2, 8, 11, 3, 4)
+    parts["hidden"][~parts["mask"]] = torch.nan
+    parts["teacher_hidden"][~parts["mask"]] = torch.nan
+    loss = fused.fused_forward_kl(
+        parts["hidden"].requires_grad_(),
+        parts["weight"],
+        parts["teacher_hidden"],
+        parts["teacher_weight"],
+        mask=parts["mask"],
+    )
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(parts["hidden"].grad).all()
+
+
+def test_bfloat16_keeps_its_type_and_softmax_runs_in_float32():
+    parts = problem(3, 64, 200, 16, 16)
+    hidden = parts["hidden"].bfloat16().requires_grad_()
+    weight = parts["weight"].bfloat16().requires_grad_()
+    arguments = (parts["teacher_hidden"].bfloat16(), parts["teacher_weight"].bfloat16(), 0.5)
+    loss = fused.fused_taid(hidden, weight, *arguments, chunk_size=7)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert weight.grad.dtype == torch.bfloat16
+    exact = weight.detach().double().requires_grad_()
+    fused.fused_taid(
+        hidden.detach().double(), exact, *(value.double() for value in arguments[:2]), 0.5
+    ).backward()
+    error = (weight.grad.double() - exact.grad).norm() / exact.grad.norm()
+    assert float(error) < 0.02
+
+
+def test_autocast_projects_in_half_precision():
+    parts = problem(4, 16, 50, 8, 8, torch.float32)
+    weight = parts["weight"].requires_grad_()
+    arguments = (parts["hidden"], weight, parts["teacher_hidden"], parts["teacher_weight"], 0.5)
+    plain = fused.fused_taid(*arguments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = fused.fused_taid(*arguments)
+    low.backward()
+    assert weight.grad.dtype == torch.float32
+    assert low != plain
+    assert float(low) == pytest.approx(float(plain), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mask": torch.ones(3)}, "mask has shape"),
+        ({"teacher_hidden": torch.zeros(4, 4)}, "positions"),
+        ({"teacher_head_weight": torch.zeros(9, 4)}, "shared vocabulary"),
+        ({"chunk_size": 0}, "chunk_size is 0"),
+        ({"t": 2.0}, "t is 2.0"),
+    ],
+)
+def test_bad_input_is_named(changes, message):
+    arguments = {
+        "student_hidden": torch.zeros(5, 3),
+        "student_head_weight": torch.zeros(11, 3),
+        "teacher_hidden": torch.zeros(5, 4),
+        "teacher_head_weight": torch.zeros(11, 4),
+        "t": 0.5,
+    }
+    with pytest.raises(TaidError, match=message):
+        fused.fused_taid(**{**arguments, **changes})
+    with pytest.raises(TaidError, match="outside the vocabulary"):
+        fused.fused_cross_entropy(torch.zeros(5, 3), torch.zeros(11, 3), torch.full((5,), 11))
