@@ -1,0 +1,172 @@
+"""The stage contract: complete or absent, never computed twice, damage found and healed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.artifacts import MANIFEST, Store, damage
+from pipeline.errors import UserError
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    lines: list[str] = []
+    store = Store(tmp_path / "store", report=lines.append)
+    store.lines = lines  # type: ignore[attr-defined]
+    return store
+
+
+def write_greeting(output: Path, work: Path) -> None:
+    (output / "deep").mkdir()
+    (output / "deep" / "greeting.txt").write_text("hello")
+
+
+def must_not_run(output: Path, work: Path) -> None:
+    raise AssertionError("computed twice")
+
+
+def test_same_inputs_are_computed_once(store: Store) -> None:
+    first = store.get_or_make("greet", 1, {"a": 1}, {"input": "abc"}, write_greeting)
+    second = store.get_or_make("greet", 1, {"a": 1}, {"input": "abc"}, must_not_run)
+    assert not first.cached
+    assert second.cached
+    assert (first.key, first.digest, first.path) == (second.key, second.digest, second.path)
+
+
+@pytest.mark.parametrize(
+    ("version", "parameters", "inputs", "seed"),
+    [
+        (2, {"a": 1}, {"input": "abc"}, 0),
+        (1, {"a": 2}, {"input": "abc"}, 0),
+        (1, {"a": 1}, {"input": "abd"}, 0),
+        (1, {"a": 1}, {"other": "abc"}, 0),
+        (1, {"a": 1}, {"input": "abc"}, 1),
+    ],
+)
+def test_any_difference_makes_another_artifact(
+    store: Store, version: int, parameters: dict, inputs: dict, seed: int
+) -> None:
+    first = store.get_or_make("greet", 1, {"a": 1}, {"input": "abc"}, write_greeting)
+    other = store.get_or_make("greet", version, parameters, inputs, write_greeting, seed)
+    assert other.key != first.key
+    assert other.digest == first.digest  # the content is the same, only what it depends on is not
+
+
+def test_key_order_of_parameters_does_not_matter(store: Store) -> None:
+    store.get_or_make("greet", 1, {"a": 1, "b": 2}, {}, write_greeting)
+    assert store.get_or_make("greet", 1, {"b": 2, "a": 1}, {}, must_not_run).cached
+
+
+@pytest.mark.parametrize("harm", ["flip", "truncate", "delete", "add", "manifest"])
+def test_damage_is_named_put_aside_and_healed(store: Store, harm: str) -> None:
+    artifact = store.get_or_make("greet", 1, {}, {}, write_greeting)
+    file = artifact.path / "deep" / "greeting.txt"
+    if harm == "flip":
+        file.write_text("hellp")
+    elif harm == "truncate":
+        file.write_text("hell")
+    elif harm == "delete":
+        file.unlink()
+    elif harm == "add":
+        file = artifact.path / "stray.txt"
+        file.write_text("x")
+    else:
+        file = artifact.path / MANIFEST
+        file.write_text("{")
+    problem = damage(artifact.path)
+    assert problem is not None
+    assert str(file) in problem
+    healed = store.get_or_make("greet", 1, {}, {}, write_greeting)
+    assert not healed.cached
+    assert healed.digest == artifact.digest
+    assert damage(healed.path) is None
+    assert any(str(file) in line for line in store.lines)  # type: ignore[attr-defined]
+    assert len(list((store.root / "quarantine").iterdir())) == 1
+
+
+def test_failed_stage_leaves_nothing_but_its_work(store: Store) -> None:
+    def fail(output: Path, work: Path) -> None:
+        (output / "half.bin").write_text("half")
+        (work / "checkpoint").write_text("7")
+        raise UserError("no")
+
+    with pytest.raises(UserError):
+        store.get_or_make("greet", 1, {}, {}, fail)
+    folders = {path.name.split(".", 1)[1] for path in (store.root / "greet").iterdir()}
+    assert folders == {"work", "lock"}
+
+    def go_on(output: Path, work: Path) -> None:
+        assert (work / "checkpoint").read_text() == "7"
+        write_greeting(output, work)
+
+    artifact = store.get_or_make("greet", 1, {}, {}, go_on)
+    assert not artifact.path.with_name(artifact.path.name + ".work").exists()
+
+
+SLOW_STAGE = """
+import sys, time
+from pathlib import Path
+from pipeline.artifacts import Store
+def make(output, work):
+    with open({log!r}, "a") as log: log.write("made\\n")
+    (output / "half.txt").write_text("half")
+    time.sleep({sleep})
+    (output / "half.txt").write_text("whole")
+Store(Path({root!r})).get_or_make("slow", 1, {{}}, {{}}, make)
+"""
+
+
+def start(tmp_path: Path, sleep: float) -> subprocess.Popen:
+    code = SLOW_STAGE.format(log=str(tmp_path / "log"), root=str(tmp_path / "store"), sleep=sleep)
+    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_killed_stage_is_made_anew_and_whole(tmp_path: Path) -> None:
+    process = start(tmp_path, 60)
+    wait_for(tmp_path / "log")
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert start(tmp_path, 0).wait(timeout=60) == 0
+    (folder,) = [path for path in (tmp_path / "store" / "slow").iterdir() if "." not in path.name]
+    assert (folder / "half.txt").read_text() == "whole"
+    assert damage(folder) is None
+
+
+def test_two_runs_at_once_compute_once(tmp_path: Path) -> None:
+    processes = [start(tmp_path, 1.0) for _ in range(2)]
+    assert [process.wait(timeout=60) for process in processes] == [0, 0]
+    assert (tmp_path / "log").read_text() == "made\n"
+
+
+def test_manifest_says_what_it_was_made_from(store: Store) -> None:
+    first = store.get_or_make("greet", 1, {"a": 1}, {}, write_greeting, seed=3)
+    second = store.get_or_make("answer", 1, {}, {"greeting": first}, write_greeting)
+    manifest = json.loads((second.path / MANIFEST).read_text())
+    assert manifest["inputs"] == {"greeting": first.digest}
+    assert manifest["input_artifacts"]["greeting"] == {"stage": "greet", "key": first.key}
+    assert manifest["files"]["deep/greeting.txt"]["bytes"] == 5
+    assert manifest["packages"]["torch"]
+    assert first.manifest()["seed"] == 3
+
+
+def test_full_disk_is_one_sentence_and_nothing_half_written(store: Store) -> None:
+    def fill(output: Path, work: Path) -> None:
+        (output / "half.bin").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="no space is left on the disk while greet wrote its result"):
+        store.get_or_make("greet", 1, {}, {}, fill)
+    assert not list((store.root / "greet").glob("*.partial"))
