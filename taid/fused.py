@@ -167,10 +167,10 @@ def fused_jensen_shannon(
     ) -> tuple[Tensor, Tensor]:
         assert teacher is not None
         log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
-        log_m = objectives.log_mixture(log_p, log_q, teacher_weight)
-        slope = (log_q - log_m).mul_(1 - teacher_weight)
-        q = log_q.exp_()
-        loss = teacher_weight * _dot(log_p.exp(), log_p - log_m).sum() + _dot(q, slope).sum()
+        p, q = log_p.exp(), log_q.exp()
+        log_m = _mixture(p, q, teacher_weight).log_()
+        slope = log_q.sub_(log_m).mul_(1 - teacher_weight)
+        loss = teacher_weight * _dot(p, log_p.sub_(log_m)).sum() + _dot(q, slope).sum()
         return loss, _through_softmax(q, slope)
 
     return fused_objective(
@@ -226,11 +226,11 @@ def fused_skew_forward_kl(
         student: Tensor, teacher: Tensor | None, labels: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         assert teacher is not None
-        log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
-        log_m = objectives.log_mixture(log_p, log_q, skew)
-        slope = (log_p - log_m).exp_().mul_(skew - 1)
-        loss = -_dot(log_p.exp_(), log_m).sum()
-        return loss, _through_softmax(log_q.exp_(), slope)
+        q, p = torch.softmax(student, -1, out=student), torch.softmax(teacher, -1, out=teacher)
+        mixture = _mixture(p, q, skew)
+        slope = (p / mixture).mul_(skew - 1)
+        loss = -_dot(p, mixture.log_()).sum()
+        return loss, _through_softmax(q, slope)
 
     return fused_objective(
         chunk_skew_forward_kl,
@@ -258,10 +258,12 @@ def fused_skew_reverse_kl(
     ) -> tuple[Tensor, Tensor]:
         assert teacher is not None
         log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
-        log_ratio = log_q - objectives.log_mixture(log_q, log_p, skew)
-        q = log_q.exp_()
+        q = log_q.exp()
+        mixture = _mixture(q, log_p.exp_(), skew)
+        ratio = q / mixture
+        log_ratio = log_q.sub_(mixture.log_())
         loss = _dot(q, log_ratio).sum()
-        return loss, _through_softmax(q, log_ratio - log_ratio.exp().mul_(skew))
+        return loss, _through_softmax(q, log_ratio.sub_(ratio, alpha=skew))
 
     return fused_objective(
         chunk_skew_reverse_kl,
@@ -526,6 +528,14 @@ def _cross_entropy_with(target: Tensor, student_logits: Tensor) -> tuple[Tensor,
 def _through_softmax(q: Tensor, slope: Tensor) -> Tensor:
     """Gradient by the logits from the derivative by q's entries, in place: q (slope - <q, slope>)."""
     return slope.sub_(_dot(q, slope).unsqueeze(-1)).mul_(q)
+
+
+def _mixture(p: Tensor, q: Tensor, share: float) -> Tensor:
+    """share p + (1 - share) q, kept off zero: where both underflow, every term is multiplied by one of them.
+
+    Much faster than adding in logarithms, which the reference does.
+    """
+    return torch.lerp(q, p, share).clamp_(min=torch.finfo(q.dtype).tiny)
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
