@@ -28,7 +28,7 @@ def token_blocks() -> np.ndarray:
 
 
 def test_influence_is_one_minus_the_mean_cosine(model, token_blocks):
-    """The hidden states that transformers hands out hold each layer's input, and after the last the norm's."""
+    """transformers hands out each layer's input; its last state is behind the norm and left out here."""
     measured = block_influence(model, token_blocks, batch_size=2)
     with torch.no_grad():
         states = model(torch.from_numpy(token_blocks), output_hidden_states=True).hidden_states

@@ -112,7 +112,7 @@ def test_an_interrupted_pass_goes_on_at_the_shard(model, token_blocks, finished,
     arguments = {"batch_size": 2, "shard_bytes": SHARD_BYTES}
     with pytest.raises(Killed):
         write_hidden_state_cache(model, token_blocks, tmp_path / "cache", progress=stop, **arguments)
-    with pytest.raises(TaidError, match="cache.json: is missing"):
+    with pytest.raises(TaidError, match="is missing; finish it"):
         CachedTeacher(tmp_path / "cache")
     complete = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("hidden-*.npy")}
     computed = []
