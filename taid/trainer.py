@@ -274,6 +274,10 @@ class DistillationTrainer(Trainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
         """The micro-batches of one optimizer step and the number of learned tokens on all ranks."""
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed from the checkpoint of the last step: the Trainer would take one more.
+            self.control.should_training_stop = True
+            return [], 0
         self._step_began = time.perf_counter()
         batches = []
         for _ in range(num_batches):
@@ -347,14 +351,21 @@ class DistillationTrainer(Trainer):
         return (loss, {}) if return_outputs else loss
 
     def finish_step(self, step: int, total_steps: int) -> None:
-        """Called once after each optimizer step: moves t with the step's mean loss over all ranks."""
+        """Called once after each optimizer step: moves t with the step's mean loss over all ranks.
+
+        Raises:
+            TaidError: that loss is no finite number.
+        """
         if self._step_began is not None:
             self._seconds += time.perf_counter() - self._step_began
             self._step_began = None
-        if self.interpolation is None or self.accelerator.optimizer_step_was_skipped:
-            return
         loss = torch.tensor(self._step_loss, dtype=torch.float64, device=self.args.device)
-        self.interpolation.update(float(self.accelerator.reduce(loss, reduction="mean")), step, total_steps)
+        mean = float(self.accelerator.reduce(loss, reduction="mean"))
+        if not math.isfinite(mean):
+            # The Trainer would replace such a loss in its logs and go on with spoilt weights.
+            raise TaidError(f"The loss of step {step} is {mean}; lower the learning rate or clip gradients.")
+        if self.interpolation is not None and not self.accelerator.optimizer_step_was_skipped:
+            self.interpolation.update(mean, step, total_steps)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds t, tokens and tokens per second to the logs of training steps."""

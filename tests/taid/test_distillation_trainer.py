@@ -221,6 +221,32 @@ def test_resume_ends_in_the_same_weights(tmp_path, token_blocks, teacher, accumu
     assert sorted(path.name for path in (tmp_path / "whole" / "checkpoint-3").glob("*.safetensors"))
 
 
+def test_resume_after_the_last_step_gives_its_weights(tmp_path, token_blocks, teacher):
+    """A run killed between training and what follows it."""
+    dataset = TokenBlockDataset(token_blocks)
+    settings = {"save_strategy": "steps", "save_steps": 6, "lr_scheduler_type": "constant"}
+    whole = train(tmp_path, dataset, teacher, **settings)
+    again = DistillationTrainer(
+        small_model(7), arguments(tmp_path, **settings), dataset, teacher, interpolation=interpolation()
+    )
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    for left, right in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(left, right)
+    assert logged(again, "loss") == logged(whole, "loss")
+
+
+@pytest.mark.parametrize("objective", ["taid", "cross_entropy"])
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, token_blocks, teacher, objective):
+    student = small_model(0)
+    trainer = DistillationTrainer(
+        student, arguments(tmp_path), TokenBlockDataset(token_blocks), teacher, objective
+    )
+    with torch.no_grad():
+        student.model.norm.weight[0] = math.nan
+    with pytest.raises(TaidError, match="loss of step 1 is nan"):
+        trainer.train()
+
+
 def test_resume_survives_callbacks_made_anew(tmp_path, token_blocks, teacher):
     dataset = TokenBlockDataset(token_blocks)
     settings = {"save_strategy": "steps", "save_steps": 2, "restore_callback_states_from_checkpoint": True}
