@@ -87,12 +87,12 @@ def open_runtime(path: Path, threads: int = 1, context_length: int | None = None
 
         return TorchRuntime(path, threads, context_length)
     raise ExportError(
-        f"{path}: no model found here; give a .gguf file, an .onnx file, an MLC folder or a Hugging Face folder."
+        f"{path}: no model here; give a .gguf file, an .onnx file, an MLC folder or a Hugging Face folder."
     )
 
 
 def generate_greedily(runtime: Runtime, prompt_ids: Sequence[int], max_new_tokens: int) -> list[int]:
-    """Greedy continuation of a prompt; ends after an end-of-turn token, which is the last id returned then."""
+    """Greedy continuation of a prompt; an end-of-turn token ends it and is the last id returned then."""
     runtime.reset()
     logits = runtime.prefill(prompt_ids)
     new_ids: list[int] = []

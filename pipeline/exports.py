@@ -34,9 +34,9 @@ def run(store: Store, recipe: Recipe, instruct: Artifact, format: str) -> Artifa
         try:
             if format == "gguf":
                 metadata = {
-                    "general.name": name,
-                    "general.license": recipe.teacher.licence,
-                    "general.base_model.0.name": recipe.teacher.model.rsplit("/", 1)[-1],
+                    "license": recipe.teacher.licence.lower(),
+                    "base_model": recipe.teacher.model,
+                    "language": ["en"],
                 }
                 paths = export_gguf(
                     model_dir,

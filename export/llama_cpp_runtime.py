@@ -1,0 +1,177 @@
+"""GGUF files in llama.cpp, through llama-cpp-python."""
+
+import ctypes
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from export.errors import ExportError
+from export.runtime import Message
+
+MAXIMUM_CONTEXT = 4096
+BATCH = 512
+
+
+@llama_cpp.llama_log_callback
+def _only_errors(level: int, text: bytes, user_data: Any) -> None:
+    if level == 4:  # GGML_LOG_LEVEL_ERROR
+        _errors.append(text.decode(errors="replace").strip())
+
+
+_errors: list[str] = []
+
+
+class LlamaCppRuntime:
+    """See ``export.runtime.Runtime``."""
+
+    name = "llama.cpp"
+
+    def __init__(self, path: Path, threads: int = 1, context_length: int | None = None):
+        """
+        Args:
+            path: a GGUF file.
+            threads: CPU threads.
+            context_length: tokens of cache; the file's own maximum, at most 4096, by default.
+
+        Raises:
+            ExportError: llama.cpp refuses the file.
+        """
+        llama_cpp.llama_log_set(_only_errors, ctypes.c_void_p(0))
+        _errors.clear()
+        llama_cpp.llama_backend_init()
+        parameters = llama_cpp.llama_model_default_params()
+        parameters.n_gpu_layers = 0
+        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
+        if not self._model:
+            reason = _errors[0] if _errors else "no reason given"
+            raise ExportError(f"{path}: llama.cpp cannot load this file ({reason}).")
+        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self.trained_context_length = llama_cpp.llama_model_n_ctx_train(self._model)
+        self.context_length = context_length or min(self.trained_context_length, MAXIMUM_CONTEXT)
+        self.vocabulary_size = llama_cpp.llama_vocab_n_tokens(self._vocab)
+        self.end_of_turn_ids = tuple(
+            token_id
+            for token_id in range(self.vocabulary_size)
+            if llama_cpp.llama_vocab_is_eog(self._vocab, token_id)
+        )
+        context = llama_cpp.llama_context_default_params()
+        context.n_ctx = self.context_length
+        context.n_batch = min(BATCH, self.context_length)
+        context.n_ubatch = context.n_batch
+        context.n_threads = context.n_threads_batch = threads
+        self._batch_size = context.n_batch
+        self._context = llama_cpp.llama_init_from_model(self._model, context)
+        if not self._context:
+            reason = _errors[0] if _errors else "no reason given"
+            llama_cpp.llama_model_free(self._model)
+            raise ExportError(f"{path}: llama.cpp cannot make a context of {self.context_length} ({reason}).")
+        self._memory = llama_cpp.llama_get_memory(self._context)
+        self._batch = llama_cpp.llama_batch_init(self._batch_size, 0, 1)
+        self._used = 0
+        template = llama_cpp.llama_model_chat_template(self._model, None)
+        self.chat_template = None if template is None else template.decode()
+
+    def tokenize(self, text: str) -> list[int]:
+        """See ``Runtime.tokenize``."""
+        return self._tokenize(text, add_special=False)
+
+    def _tokenize(self, text: str, add_special: bool) -> list[int]:
+        data = text.encode()
+        size = len(data) + 8
+        buffer = (llama_cpp.llama_token * size)()
+        count = llama_cpp.llama_tokenize(self._vocab, data, len(data), buffer, size, add_special, True)
+        if count < 0:
+            raise ExportError(f"llama.cpp needs {-count} tokens for {len(data)} bytes of text.")
+        return list(buffer[:count])
+
+    def chat_ids(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
+        """See ``Runtime.chat_ids``. A BOS is added where llama.cpp itself would add one, even a second."""
+        if self.chat_template is None:
+            raise ExportError("The file holds no chat template.")
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+        try:
+            text = environment.from_string(self.chat_template).render(
+                messages=list(messages),
+                add_generation_prompt=add_generation_prompt,
+                bos_token=self._token_text(llama_cpp.llama_vocab_bos(self._vocab)),
+                eos_token=self._token_text(llama_cpp.llama_vocab_eos(self._vocab)),
+            )
+        except TemplateError as error:
+            raise ExportError(f"The file's chat template cannot be rendered ({error}).") from error
+        return self._tokenize(text, add_special=True)
+
+    def _token_text(self, token_id: int) -> str:
+        if token_id < 0:
+            return ""
+        return llama_cpp.llama_vocab_get_text(self._vocab, token_id).decode(errors="replace")
+
+    def decode_text(self, token_ids: Sequence[int]) -> str:
+        """See ``Runtime.decode_text``."""
+        pieces = []
+        buffer = ctypes.create_string_buffer(512)
+        for token_id in token_ids:
+            size = llama_cpp.llama_token_to_piece(self._vocab, token_id, buffer, 512, 0, False)
+            pieces.append(buffer.raw[: max(size, 0)])
+        return b"".join(pieces).decode(errors="replace")
+
+    def reset(self) -> None:
+        """See ``Runtime.reset``."""
+        llama_cpp.llama_memory_clear(self._memory, True)
+        self._used = 0
+
+    def _run(self, token_ids: Sequence[int], every_position: bool) -> np.ndarray:
+        if self._used + len(token_ids) > self.context_length:
+            raise ExportError(
+                f"{self._used + len(token_ids)} tokens do not fit into a context of {self.context_length}."
+            )
+        rows = []
+        batch = self._batch
+        for start in range(0, len(token_ids), self._batch_size):
+            part = token_ids[start : start + self._batch_size]
+            last = start + len(part) == len(token_ids)
+            for place, token_id in enumerate(part):
+                batch.token[place] = token_id
+                batch.pos[place] = self._used + place
+                batch.n_seq_id[place] = 1
+                batch.seq_id[place][0] = 0
+                batch.logits[place] = every_position or (last and place == len(part) - 1)
+            batch.n_tokens = len(part)
+            status = llama_cpp.llama_decode(self._context, batch)
+            if status != 0:
+                raise ExportError(f"llama.cpp failed to run {len(part)} tokens (status {status}).")
+            self._used += len(part)
+            places = range(len(part)) if every_position else ([len(part) - 1] if last else [])
+            for place in places:
+                logits = llama_cpp.llama_get_logits_ith(self._context, place)
+                rows.append(np.ctypeslib.as_array(logits, shape=(self.vocabulary_size,)).copy())
+        return np.stack(rows)
+
+    def forward(self, token_ids: Sequence[int]) -> np.ndarray:
+        """See ``Runtime.forward``."""
+        return self._run(token_ids, every_position=True)
+
+    def prefill(self, token_ids: Sequence[int]) -> np.ndarray:
+        """See ``Runtime.prefill``."""
+        return self._run(token_ids, every_position=False)[-1]
+
+    def decode(self, token_id: int) -> np.ndarray:
+        """See ``Runtime.decode``."""
+        return self._run([token_id], every_position=False)[-1]
+
+    def close(self) -> None:
+        """See ``Runtime.close``."""
+        llama_cpp.llama_batch_free(self._batch)
+        llama_cpp.llama_free(self._context)
+        llama_cpp.llama_model_free(self._model)
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)

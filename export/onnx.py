@@ -1,0 +1,239 @@
+"""ONNX: a Hugging Face folder in, one folder out that ONNX Runtime GenAI and transformers.js both load.
+
+The graphs (GroupQueryAttention with a key-value cache) come from the model builder of onnxruntime-genai,
+run as its own process, once per precision. This module gives them the file names that transformers.js asks
+for, writes fixed numbers where the builder leaves symbols, and completes the configuration files.
+
+Layout::
+
+    config.json, generation_config.json, tokenizer.json, tokenizer_config.json (chat template inside)
+    genai_config.json            names the smallest of the graphs, which ONNX Runtime GenAI then runs
+    onnx/model.onnx              fp32
+    onnx/model_quantized.onnx    int8 (transformers.js: dtype "q8")
+    onnx/model_q4.onnx           int4 (transformers.js: dtype "q4")
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
+
+from export.errors import ExportError
+
+# From the largest to the smallest file.
+FILE_NAMES = {"fp32": "model.onnx", "int8": "model_quantized.onnx", "int4": "model_q4.onnx"}
+
+# k_quant searches scale and zero point of each block for the least weighted error, as llama.cpp's k-quants
+# do; "mixed" keeps the head (with the embedding, where tied) and the value and down projections of the outer
+# and every third layer in 8 bits. docs of the numbers: see docs/onnx.md or the release's fidelity table.
+BUILDER_OPTIONS: dict[str, tuple[str, ...]] = {
+    "fp32": (),
+    "int8": ("block_size=32",),
+    "int4": ("algo_config=k_quant_mixed", "block_size=32"),
+}
+
+# A protocol buffer ends at 2 GiB; larger graphs keep their weights in a second file.
+LARGEST_SINGLE_FILE = 1_900_000_000
+
+
+def export_onnx(
+    model_dir: Path,
+    output_dir: Path,
+    name: str,
+    precisions: Sequence[str],
+    *,
+    progress: Callable[[str], None] | None = None,
+    threads: int = 2,
+) -> list[Path]:
+    """Writes the ONNX folder of a model.
+
+    Args:
+        model_dir: Hugging Face folder with config, safetensors and tokenizer.
+        output_dir: the folder to make; it appears only when it is complete. Must not exist or be empty.
+        name: the model's name, recorded as ``_name_or_path`` of ``config.json``.
+        precisions: any of ``fp32``, ``int8``, ``int4``, in any order.
+        progress: told one sentence at each step.
+        threads: CPU threads of the builder.
+
+    Returns:
+        Paths of the ``.onnx`` files, in the order of ``precisions``.
+
+    Raises:
+        ExportError: an unknown precision, no safetensors, an output folder that holds something already, an
+            architecture that the builder does not know, or a builder that fails.
+    """
+    model_dir, output_dir = Path(model_dir), Path(output_dir)
+    _check_arguments(model_dir, output_dir, precisions)
+    tell = progress or (lambda sentence: None)
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    workplace = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}.", dir=output_dir.parent))
+    try:
+        folder = workplace / "folder"
+        (folder / "onnx").mkdir(parents=True)
+        config = AutoConfig.from_pretrained(model_dir)
+        built = {}
+        for precision in dict.fromkeys(precisions):
+            tell(f"{name}: building the {precision} ONNX graph")
+            built[precision] = workplace / precision
+            _run_builder(model_dir, built[precision], precision, threads)
+            graph = onnx.load(built[precision] / "model.onnx")
+            genai_config = json.loads((built[precision] / "genai_config.json").read_text(encoding="utf-8"))
+            _check_rope(graph, config, model_dir)
+            _fix_cache_dimensions(graph, int(genai_config["model"]["decoder"]["head_size"]))
+            _save_graph(graph, folder / "onnx" / FILE_NAMES[precision])
+            shutil.rmtree(built[precision] / "model.onnx.data", ignore_errors=True)
+        default = [precision for precision in FILE_NAMES if precision in built][-1]
+        _write_tokenizer(model_dir, folder)
+        _write_configs(model_dir, folder, name, built[default] / "genai_config.json", FILE_NAMES[default])
+        if output_dir.exists():
+            output_dir.rmdir()
+        folder.rename(output_dir)
+    except OSError as error:
+        raise ExportError(f"{output_dir}: the ONNX folder cannot be written ({error}).") from error
+    finally:
+        shutil.rmtree(workplace, ignore_errors=True)
+    return [output_dir / "onnx" / FILE_NAMES[precision] for precision in dict.fromkeys(precisions)]
+
+
+def _check_arguments(model_dir: Path, output_dir: Path, precisions: Sequence[str]) -> None:
+    if isinstance(precisions, str) or not precisions:
+        raise ExportError(f"ONNX precisions must be a list of {', '.join(FILE_NAMES)}; got {precisions!r}.")
+    for precision in precisions:
+        if precision not in FILE_NAMES:
+            raise ExportError(
+                f"'{precision}' is no ONNX precision of ours; choose from {', '.join(FILE_NAMES)}."
+            )
+    for needed in ("config.json", "tokenizer.json"):
+        if not (model_dir / needed).is_file():
+            raise ExportError(f"{model_dir}: {needed} is missing; give a Hugging Face folder.")
+    if not list(model_dir.glob("*.safetensors")):
+        raise ExportError(f"{model_dir}: no .safetensors file; only safetensors are exported.")
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ExportError(f"{output_dir}: exists and is not empty; remove it or choose another folder.")
+
+
+def _run_builder(model_dir: Path, output_dir: Path, precision: str, threads: int) -> None:
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
+    command += ["-i", str(model_dir), "-o", str(output_dir), "-p", precision, "-e", "cpu"]
+    command += ["-c", str(output_dir.parent / "cache")]
+    command += ["--extra_options", "hf_token=false", *BUILDER_OPTIONS[precision]]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONIOENCODING": "utf-8",
+    }
+    result = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        env=environment,
+        check=False,
+    )
+    if result.returncode == 0 and (output_dir / "model.onnx").is_file():
+        return
+    lines = [line.strip() for line in result.stdout.splitlines() if line.strip()]
+    reason = lines[-1].rstrip(".") if lines else f"it ended with status {result.returncode} and said nothing"
+    raise ExportError(
+        f"{model_dir}: ONNX Runtime GenAI's builder cannot export it to {precision} ({reason})."
+    )
+
+
+def _check_rope(graph: onnx.ModelProto, config: PretrainedConfig, model_dir: Path) -> None:
+    """A builder that reads ``rope_theta`` only from the top level of the configuration, where transformers 5
+    no longer writes it, takes 10000 in silence: compare its cosine table with the true one."""
+    config = config.get_text_config()
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") != "default" or "rope_theta" not in rope:
+        return  # scaled or per-layer-type frequencies: the logits gate judges those
+    caches = [tensor for tensor in graph.graph.initializer if tensor.name == "cos_cache"]
+    for tensor in caches:
+        table = onnx.numpy_helper.to_array(tensor).astype(np.float64)
+        width = table.shape[1]  # half of the rotated dimensions
+        expected = np.cos(rope["rope_theta"] ** (-np.arange(width) / width))
+        if np.abs(table[1] - expected).max() > 1e-3:
+            raise ExportError(
+                f"{model_dir}: the exported graph does not rotate with rope_theta {rope['rope_theta']} of"
+                " config.json; write rope_theta at its top level too, or use another version of"
+                " onnxruntime-genai."
+            )
+
+
+def _fix_cache_dimensions(graph: onnx.ModelProto, head_size: int) -> None:
+    """transformers.js allocates the empty cache from the graph's inputs and needs numbers there."""
+    for value in [*graph.graph.input, *graph.graph.output, *graph.graph.value_info]:
+        if value.name.startswith(("past_key_values.", "present.")):
+            dimension = value.type.tensor_type.shape.dim[3]
+            dimension.Clear()
+            dimension.dim_value = head_size
+
+
+def _save_graph(graph: onnx.ModelProto, path: Path) -> None:
+    if graph.ByteSize() < LARGEST_SINGLE_FILE:
+        onnx.save_model(graph, path)
+        return
+    # The name under which transformers.js looks for the weights.
+    onnx.save_model(
+        graph, path, save_as_external_data=True, location=f"{path.name}_data", size_threshold=1024
+    )
+
+
+def _write_tokenizer(model_dir: Path, folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    template = tokenizer.chat_template
+    tokenizer.save_pretrained(folder)
+    # Not every reader knows the separate file of transformers 5: the template goes where all look.
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if template is not None:
+        settings["chat_template"] = template
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that all versions know
+    for private in ("is_local", "local_files_only", "name_or_path"):
+        settings.pop(private, None)
+    _write_json(path, settings)
+
+
+def _write_configs(model_dir: Path, folder: Path, name: str, genai_path: Path, default_file: str) -> None:
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    config["_name_or_path"] = name
+    external = {
+        path.name: 1
+        for path in (folder / "onnx").glob("*.onnx")
+        if path.with_name(path.name + "_data").exists()
+    }
+    if external:
+        config["transformers.js_config"] = {"use_external_data_format": external}
+    text_config = AutoConfig.from_pretrained(model_dir).get_text_config()
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    if "rope_theta" in rope:
+        config.setdefault("rope_theta", rope["rope_theta"])  # where readers older than transformers 5 look
+    _write_json(folder / "config.json", config)
+
+    if (model_dir / "generation_config.json").is_file():
+        generation = GenerationConfig.from_pretrained(model_dir)
+    else:
+        generation = GenerationConfig.from_model_config(text_config)
+    generation.save_pretrained(folder)
+
+    genai = json.loads(genai_path.read_text(encoding="utf-8"))
+    genai["model"]["decoder"]["filename"] = f"onnx/{default_file}"
+    if generation.eos_token_id is not None:
+        genai["model"]["eos_token_id"] = generation.eos_token_id
+    _write_json(folder / "genai_config.json", genai)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

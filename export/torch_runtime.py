@@ -1,0 +1,95 @@
+"""The reference runtime: the Hugging Face folder itself in torch, float32."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from export.errors import ExportError
+from export.runtime import Message
+
+
+class TorchRuntime:
+    """See ``export.runtime.Runtime``. Safetensors only; code of a repository is never run."""
+
+    name = "torch"
+
+    def __init__(self, path: Path, threads: int = 1, context_length: int | None = None):
+        """
+        Args:
+            path: a Hugging Face folder with safetensors and a tokenizer.
+            threads: CPU threads of torch, for the whole process.
+            context_length: tokens of cache; the model's own maximum by default.
+
+        Raises:
+            ExportError: the folder holds no safetensors, or they or the tokenizer cannot be loaded.
+        """
+        path = Path(path)
+        if not list(path.glob("*.safetensors")):
+            raise ExportError(f"{path}: no .safetensors file; only safetensors are loaded.")
+        torch.set_num_threads(threads)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+            config = AutoConfig.from_pretrained(path).get_text_config()
+        except Exception as error:
+            raise ExportError(f"{path}: cannot be loaded in transformers ({error}).") from error
+        self.model.eval().requires_grad_(False)
+        self.context_length = context_length or int(config.max_position_embeddings)
+        self.vocabulary_size = min(int(config.vocab_size), max(self.tokenizer.get_vocab().values()) + 1)
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        self.end_of_turn_ids = tuple(sorted({int(end) for end in ends if end is not None}))
+        self.reset()
+
+    def tokenize(self, text: str) -> list[int]:
+        """See ``Runtime.tokenize``."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def chat_ids(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
+        """See ``Runtime.chat_ids``."""
+        text = self.tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        return self.tokenize(str(text))
+
+    def decode_text(self, token_ids: Sequence[int]) -> str:
+        """See ``Runtime.decode_text``."""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def reset(self) -> None:
+        """See ``Runtime.reset``."""
+        self.cache = DynamicCache(config=self.model.config)
+
+    @torch.no_grad()
+    def _run(self, token_ids: Sequence[int], keep: int) -> np.ndarray:
+        used = self.cache.get_seq_length()
+        if used + len(token_ids) > self.context_length:
+            raise ExportError(
+                f"{used + len(token_ids)} tokens do not fit into a context of {self.context_length}."
+            )
+        output = self.model(
+            input_ids=torch.tensor([list(token_ids)]),
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=keep,
+        )
+        return output.logits[0, :, : self.vocabulary_size].float().numpy()
+
+    def forward(self, token_ids: Sequence[int]) -> np.ndarray:
+        """See ``Runtime.forward``."""
+        return self._run(token_ids, 0)
+
+    def prefill(self, token_ids: Sequence[int]) -> np.ndarray:
+        """See ``Runtime.prefill``."""
+        return self._run(token_ids, 1)[-1]
+
+    def decode(self, token_id: int) -> np.ndarray:
+        """See ``Runtime.decode``."""
+        return self._run([token_id], 1)[-1]
+
+    def close(self) -> None:
+        """See ``Runtime.close``."""
+        del self.model, self.cache
