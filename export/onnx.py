@@ -90,7 +90,7 @@ def export_onnx(
             _check_rope(graph, config, model_dir)
             _fix_cache_dimensions(graph, int(genai_config["model"]["decoder"]["head_size"]))
             _save_graph(graph, folder / "onnx" / FILE_NAMES[precision])
-            shutil.rmtree(built[precision] / "model.onnx.data", ignore_errors=True)
+            (built[precision] / "model.onnx.data").unlink(missing_ok=True)  # free the disk early
         default = [precision for precision in FILE_NAMES if precision in built][-1]
         _write_tokenizer(model_dir, folder)
         _write_configs(model_dir, folder, name, built[default] / "genai_config.json", FILE_NAMES[default])
