@@ -5,6 +5,7 @@ distribution exact for the price of the head alone: ``H`` numbers a token instea
 
 A cache folder holds::
 
+    plan.json                 what it is being made from; an unfinished cache goes on only from the same
     cache.json                what it was made from; present only when everything else is complete
     head.safetensors          the teacher's head: weight, bias if any
     tokens.npy                [N, T] int32, the token blocks in the order of their indices
@@ -21,7 +22,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -84,7 +85,10 @@ class LiveTeacher:
         Args:
             model: a `transformers` causal language model. It is put into evaluation mode and frozen.
         """
-        self.model = model.eval().requires_grad_(False)
+        self._take(model.eval().requires_grad_(False))
+
+    def _take(self, model: Any) -> None:
+        self.model = model
         self.head_weight = head_weight(model)
         self.head_options = head_options(model)
         self.vocabulary_size = self.head_weight.shape[0]
@@ -97,7 +101,7 @@ class LiveTeacher:
     def to(self, device: torch.device | str) -> "LiveTeacher":
         """Moves the model to a device."""
         if self.head_weight.device != torch.device(device):
-            self.__init__(self.model.to(device))  # type: ignore[misc]
+            self._take(self.model.to(device))
         return self
 
     @torch.no_grad()
@@ -409,10 +413,16 @@ def _write_head(model: Any, folder: Path) -> None:
 def _write_array(path: Path, array: np.ndarray) -> str:
     unfinished = path.with_name(path.name + ".partial")
     with unfinished.open("wb") as file:
-        np.save(file, array, allow_pickle=False)
+        _write_npy(file, array)
     digest = _sha256(unfinished)
     _publish(unfinished, path)
     return digest
+
+
+def _write_npy(file: BinaryIO, array: np.ndarray) -> None:
+    """What np.save writes; np.save itself reports a full disk without the error's number."""
+    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+    file.write(np.ascontiguousarray(array).data.cast("B"))
 
 
 def _write_json(path: Path, value: Any) -> None:

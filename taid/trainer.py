@@ -8,7 +8,7 @@ A training example is a dictionary:
   at the token's own place; the shift by one happens here;
 - ``position_ids`` ``[T]``, optional, starting at 0 with each document of the block: `transformers` then
   keeps attention within documents, and no document's first token is predicted from another;
-- ``attention_mask`` ``[T]``, optional, for padded blocks.
+- ``attention_mask`` ``[T]``, optional, for blocks padded at their end.
 
 The hidden state of position i predicts token i + 1.
 """

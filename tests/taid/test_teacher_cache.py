@@ -1,9 +1,11 @@
 """The hidden-state cache: exact, resumable after a kill, and never trusted when it does not fit."""
 
+import errno
 import json
 import multiprocessing
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from transformers import (
 
 from taid import CachedTeacher, LiveTeacher, TaidError, Teacher, write_hidden_state_cache
 from taid.heads import head_options, head_weight
+from taid.teacher import _write_npy
 
 BLOCKS, LENGTH, WIDTH = 10, 8, 128
 SHARD_BYTES = 4 * LENGTH * WIDTH * 4  # four blocks a shard in float32
@@ -260,6 +263,13 @@ def test_impossible_arguments(model, token_blocks, tmp_path, changes, message):
             **{"model": model, "token_blocks": token_blocks, "folder": tmp_path / "cache", **changes}
         )
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is always full")
+def test_a_full_disk_is_told_apart():
+    with pytest.raises(OSError) as caught, Path("/dev/full").open("wb") as file:
+        _write_npy(file, np.zeros(100_000, dtype=np.float32))
+    assert caught.value.errno == errno.ENOSPC
 
 
 def test_documents_apart(model, token_blocks, tmp_path):
