@@ -90,9 +90,7 @@ def export_gguf(
             if file_type not in base:
                 progress(f"gguf: converting to {file_type}")
                 path = Path(temporary) / f"{name}-{file_type}.gguf"
-                _convert(
-                    script, staging, path, file_type, pre_tokenizer, metadata or {}, temporary, model_dir
-                )
+                _convert(script, staging, path, file_type, pre_tokenizer, name, model_dir)
                 _check(path, model_dir, config)
                 base[file_type] = path
             return base[file_type]
