@@ -201,7 +201,7 @@ def _write_tokenizer(model_dir: Path, folder: Path) -> None:
         settings["chat_template"] = template
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that all versions know
-    for private in ("is_local", "local_files_only", "name_or_path"):
+    for private in ("is_local", "local_files_only"):
         settings.pop(private, None)
     _write_json(path, settings)
 

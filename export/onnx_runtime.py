@@ -91,11 +91,11 @@ class OnnxRuntime:
         text = self.tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
         )
-        return self.tokenize(text)
+        return self.tokenize(str(text))
 
     def decode_text(self, token_ids: Sequence[int]) -> str:
         """See ``Runtime.decode_text``."""
-        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def reset(self) -> None:
         """See ``Runtime.reset``."""
