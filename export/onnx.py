@@ -33,8 +33,12 @@ from export.errors import ExportError
 FILE_NAMES = {"fp32": "model.onnx", "int8": "model_quantized.onnx", "int4": "model_q4.onnx"}
 
 # k_quant searches scale and zero point of each block for the least weighted error, as llama.cpp's k-quants
-# do; "mixed" keeps the head (with the embedding, where tied) and the value and down projections of the outer
-# and every third layer in 8 bits. docs of the numbers: see docs/onnx.md or the release's fidelity table.
+# do; "mixed" keeps the head (shared with the embedding, where tied) and some layers' projections in 8 bits.
+# Measured on SmolLM2-135M-Instruct from its Q4_1 file, with noise added to the weights so that their grid
+# does not flatter 4 bits (512 tokens, mean KL from float32): int4 in blocks of 32, 0.315 at 114 MB; of 16,
+# 0.229 at 133 MB; int8, 0.007 at 267 MB, of which 113 MB are the embedding, which the builder leaves in
+# float32 beside an 8-bit head. The builder's is_symmetric changes nothing for k_quant.
+# Blocks of 32 because the file is a seventh smaller.
 BUILDER_OPTIONS: dict[str, tuple[str, ...]] = {
     "fp32": (),
     "int8": ("block_size=32",),
