@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from export.gguf import QUANTIZATIONS as GGUF_QUANTIZATIONS
 from export.mlc import QUANTIZATIONS as MLC_QUANTIZATIONS
-from export.onnx import PRECISIONS as ONNX_PRECISIONS
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from export.gguf import QUANTIZATIONS as GGUF_QUANTIZATIONS
+from export.onnx import FILE_NAMES as ONNX_PRECISIONS
 from pipeline.errors import UserError
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"

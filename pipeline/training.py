@@ -24,7 +24,7 @@ def training_values(section: Training, work: Path, seed: int) -> dict[str, Any]:
         "gradient_accumulation_steps": section.gradient_accumulation,
         "num_train_epochs": section.epochs,
         "lr_scheduler_type": "cosine",
-        "warmup_ratio": section.warmup_ratio,
+        "warmup_steps": section.warmup_ratio,  # a fraction of all steps when below 1
         "weight_decay": section.weight_decay,
         "max_grad_norm": section.max_grad_norm,
         "logging_strategy": "steps",

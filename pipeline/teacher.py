@@ -1,0 +1,167 @@
+"""The teacher as a local folder of safetensors, whatever it came as."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from pipeline.artifacts import Artifact, Store, sha256_of_file, write_json
+from pipeline.errors import UserError
+from pipeline.models import load_model, load_tokenizer, save_model
+from pipeline.recipe import Recipe
+from pipeline.sources import packaged_file
+
+STAGE = "teacher"
+VERSION = 1
+WANTED_FILES = (
+    "*.safetensors",
+    "model.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "LICENSE*",
+)
+
+
+def run(store: Store, recipe: Recipe) -> Artifact:
+    """Brings the teacher into the store.
+
+    Returns:
+        ``model/`` (safetensors, tokenizer with chat template, generation defaults) and ``source.json``.
+
+    Raises:
+        UserError: there is no such model, it has no safetensors, or no chat template.
+    """
+    section = recipe.teacher
+    source: dict[str, Any] = {
+        "model": section.model,
+        "revision": section.revision,
+        "licence": section.licence,
+    }
+    gguf = packaged_gguf(section.model)
+    if gguf is not None:
+        source["files"] = {gguf.name: sha256_of_file(gguf)}
+    else:
+        folder = _local_folder(recipe)
+        if not list(folder.glob("*.safetensors")):
+            raise UserError(
+                f"teacher.model: {folder} holds no .safetensors file; martlet reads no pickled weights."
+            )
+        source["files"] = {
+            path.name: sha256_of_file(path)
+            for pattern in WANTED_FILES
+            for path in sorted(folder.glob(pattern))
+            if path.is_file()
+        }
+
+    def make(output: Path, work: Path) -> None:
+        if gguf is not None:
+            store.report(f"teacher: dequantizing {gguf.name}")
+            _import_gguf(gguf, output / "model")
+        else:
+            (output / "model").mkdir()
+            for name in source["files"]:
+                shutil.copy(folder / name, output / "model" / name)
+        tokenizer = load_tokenizer(output / "model", section.trust_remote_code)
+        if not tokenizer.chat_template:
+            raise UserError(
+                f"teacher.model: {section.model} has no chat template; choose an instruction-tuned model."
+            )
+        if gguf is None:
+            load_model(output / "model", section.trust_remote_code)
+        write_json(output / "source.json", source)
+
+    return store.get_or_make(
+        STAGE, VERSION, {"trust_remote_code": section.trust_remote_code, **source}, {}, make
+    )
+
+
+def packaged_gguf(model: str) -> Path | None:
+    """The GGUF file of ``package:NAME``; None for models of other kinds.
+
+    Raises:
+        UserError: the package is not installed or carries no GGUF.
+    """
+    kind, _, package = model.partition(":")
+    if kind != "package" or not package:
+        return None
+    path = packaged_file(package, ".gguf")
+    if path is None:
+        raise UserError(f"teacher.model: the package {package} carries no .gguf file.")
+    return path
+
+
+def _local_folder(recipe: Recipe) -> Path:
+    section = recipe.teacher
+    folder = Path(section.model)
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute():
+        raise UserError(f"teacher.model: {folder} is no folder.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(section.model, revision=section.revision, allow_patterns=list(WANTED_FILES))
+        )
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"teacher.model: {section.model} is neither a local folder nor to be had from the hub ({reason})."
+        ) from error
+
+
+def _import_gguf(path: Path, folder: Path) -> None:
+    """Dequantizes a GGUF and mends what that import gets wrong.
+
+    The end-of-turn token comes from the chat template's own use, since in some files the declared one is
+    the start-of-turn token; the configuration is no longer a quantized model's; and the tokenizer is
+    saved without the GGUF that transformers would store beside it.
+    """
+    model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    if not tokenizer.chat_template:
+        raise UserError(f"teacher.model: {path.name} holds no chat template.")
+    end = end_of_turn(tokenizer)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.config.eos_token_id = end
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = end
+    # A note on where the weights were read from, different on every machine.
+    model.config._name_or_path = ""
+    generation = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=end, pad_token_id=model.config.pad_token_id
+    )
+    save_model(model, tokenizer, folder, generation)
+    for name in ("tokenizer.model", path.name):
+        (folder / name).unlink(missing_ok=True)
+
+
+def end_of_turn(tokenizer: Any) -> int:
+    """The special token that the chat template puts behind an assistant's message.
+
+    Raises:
+        UserError: it puts none.
+    """
+    marker = "zzz"
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    behind = tokenizer(text[text.rindex(marker) + len(marker) :], add_special_tokens=False)["input_ids"]
+    special = set(tokenizer.all_special_ids) | {
+        token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    for token_id in behind:
+        if token_id in special:
+            return int(token_id)
+    raise UserError("The chat template ends no turn with a special token, so nothing could stop generation.")
