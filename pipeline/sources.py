@@ -186,12 +186,61 @@ def _docstrings(folder: Path) -> Iterator[str]:
             yield "\n\n".join(kept)
 
 
+TOPICS = [
+    "rain",
+    "the moon",
+    "bread",
+    "bicycles",
+    "sleep",
+    "music",
+    "volcanoes",
+    "trees",
+    "glass",
+    "money",
+    "maps",
+    "bees",
+    "tea",
+    "football",
+    "rivers",
+    "batteries",
+    "clouds",
+    "chess",
+    "gardens",
+    "whales",
+    "paper",
+    "magnets",
+    "salt",
+    "trains",
+    "bridges",
+    "winter",
+    "coffee",
+    "libraries",
+    "dreams",
+    "compost",
+    "the heart",
+    "gravity",
+    "photography",
+    "honey",
+    "deserts",
+    "kites",
+    "earthquakes",
+    "lighthouses",
+    "the alphabet",
+    "soap",
+]
+QUESTIONS = (
+    "What is interesting about {}?",
+    "Explain {} to a child in one sentence.",
+    "Write one sentence about {}.",
+    "Give me a tip about {}.",
+)
 EVERYDAY_TOPICS = ("computers", "food", "health", "history", "literature", "money", "movies", "science")
 """Files of chatterbot-corpus that ask about the world; the others tease a robot about itself."""
 
 
 def everyday_prompts() -> Iterator[str]:
-    """Short questions about the world that chatterbot-corpus carries (BSD licence), English only."""
+    """Short questions about the world: those of chatterbot-corpus (BSD licence), and plain ones made here."""
+    yield from (question.format(topic) for question in QUESTIONS for topic in TOPICS)
 
     try:
         files = importlib.metadata.distribution("chatterbot-corpus").files or []
