@@ -55,6 +55,8 @@ class LlamaCppRuntime:
         self.trained_context_length = llama_cpp.llama_model_n_ctx_train(self._model)
         self.context_length = context_length or min(self.trained_context_length, MAXIMUM_CONTEXT)
         self.vocabulary_size = llama_cpp.llama_vocab_n_tokens(self._vocab)
+        eos = llama_cpp.llama_vocab_eos(self._vocab)
+        self.eos_token_id: int | None = eos if eos >= 0 else None
         self.end_of_turn_ids = tuple(
             token_id
             for token_id in range(self.vocabulary_size)

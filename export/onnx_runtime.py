@@ -56,6 +56,8 @@ class OnnxRuntime:
         if "past_key_values.0.key" not in inputs or "input_ids" not in inputs:
             raise ExportError(f"{path}: is no decoder with a key-value cache; export it with export.onnx.")
         own_maximum = int(settings["context_length"])
+        self.trained_context_length = own_maximum
+        self.eos_token_id: int | None = self.tokenizer.eos_token_id
         self.context_length = context_length or min(own_maximum, DEFAULT_CONTEXT)
         if self.context_length > own_maximum:
             raise ExportError(

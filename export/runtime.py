@@ -1,6 +1,6 @@
 """What every runtime of an exported model offers, so that gates and benchmarks treat all formats alike."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +18,9 @@ class Runtime(Protocol):
 
     name: str  # "torch", "llama.cpp", "onnxruntime-genai", "onnxruntime", "tvm"
     vocabulary_size: int
-    context_length: int
+    context_length: int  # tokens that the cache holds now
+    trained_context_length: int  # tokens that the file says the model can hold
+    eos_token_id: int | None  # the end of sequence that the file's tokenizer names
     end_of_turn_ids: tuple[int, ...]  # the ids at which the file itself says that generation ends
 
     def tokenize(self, text: str) -> list[int]:
@@ -55,6 +57,39 @@ class Runtime(Protocol):
         ...
 
 
+def runtime_class(path: Path) -> Callable[[Path, int, int | None], Runtime]:
+    """The runtime of a model's format, its libraries imported but nothing loaded.
+
+    Args:
+        path: as of ``open_runtime``.
+
+    Raises:
+        ExportError: the path is no exported model.
+    """
+    from export.errors import ExportError
+
+    path = Path(path)
+    if path.suffix == ".gguf":
+        from export.llama_cpp_runtime import LlamaCppRuntime
+
+        return LlamaCppRuntime
+    if path.suffix == ".onnx":
+        from export.onnx_runtime import OnnxRuntime
+
+        return OnnxRuntime
+    if (path / "mlc-chat-config.json").is_file():
+        from export.mlc_runtime import MlcRuntime
+
+        return MlcRuntime
+    if (path / "config.json").is_file():
+        from export.torch_runtime import TorchRuntime
+
+        return TorchRuntime
+    raise ExportError(
+        f"{path}: no model here; give a .gguf file, an .onnx file, an MLC folder or a Hugging Face folder."
+    )
+
+
 def open_runtime(path: Path, threads: int = 1, context_length: int | None = None) -> Runtime:
     """Opens an exported model in the runtime of its format.
 
@@ -67,28 +102,7 @@ def open_runtime(path: Path, threads: int = 1, context_length: int | None = None
     Raises:
         ExportError: the path is none of these, or the runtime refuses it.
     """
-    from export.errors import ExportError
-
-    path = Path(path)
-    if path.suffix == ".gguf":
-        from export.llama_cpp_runtime import LlamaCppRuntime
-
-        return LlamaCppRuntime(path, threads, context_length)
-    if path.suffix == ".onnx":
-        from export.onnx_runtime import OnnxRuntime
-
-        return OnnxRuntime(path, threads, context_length)
-    if (path / "mlc-chat-config.json").is_file():
-        from export.mlc_runtime import MlcRuntime
-
-        return MlcRuntime(path, threads, context_length)
-    if (path / "config.json").is_file():
-        from export.torch_runtime import TorchRuntime
-
-        return TorchRuntime(path, threads, context_length)
-    raise ExportError(
-        f"{path}: no model here; give a .gguf file, an .onnx file, an MLC folder or a Hugging Face folder."
-    )
+    return runtime_class(path)(Path(path), threads, context_length)
 
 
 def generate_greedily(runtime: Runtime, prompt_ids: Sequence[int], max_new_tokens: int) -> list[int]:

@@ -37,7 +37,9 @@ class TorchRuntime:
         except Exception as error:
             raise ExportError(f"{path}: cannot be loaded in transformers ({error}).") from error
         self.model.eval().requires_grad_(False)
-        self.context_length = context_length or int(config.max_position_embeddings)
+        self.trained_context_length = int(config.max_position_embeddings)
+        self.context_length = context_length or self.trained_context_length
+        self.eos_token_id: int | None = self.tokenizer.eos_token_id
         self.vocabulary_size = min(int(config.vocab_size), max(self.tokenizer.get_vocab().values()) + 1)
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
