@@ -1,0 +1,44 @@
+# make ship    set up .venv and run the default recipe to release/ (RECIPE=recipes/other.yaml for another)
+# make test    set up .venv and run all tests
+# make check   format, lint, types, import rules
+# make clean   remove what was computed; make distclean removes .venv, too
+
+RECIPE ?= recipes/smollm2-135m-to-99m.yaml
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ENVIRONMENT := $(VENV)/.complete
+
+.PHONY: ship test check environment clean distclean
+
+ship: environment
+	$(BIN)/martlet ship $(RECIPE)
+
+test: environment
+	$(BIN)/pytest
+
+check: environment
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+environment: $(ENVIRONMENT)
+
+# constraints.txt is the whole lock, so nothing is left for pip to resolve: --no-deps, then a check that the
+# lock is complete. llama-cpp-python compiles llama.cpp, here without the parts that martlet never loads.
+$(ENVIRONMENT): export LLAMA_CPP_LEAN = -DLLAVA_BUILD=OFF '-DCMAKE_PROJECT_llama.cpp_INCLUDE=$(CURDIR)/.ci/lean_llama_cpp.cmake'
+$(ENVIRONMENT): pyproject.toml constraints.txt .ci/lean_llama_cpp.cmake export/converter.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "martlet: needs Python 3.11 or later; set PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	CMAKE_ARGS="$$CMAKE_ARGS $$LLAMA_CPP_LEAN" $(BIN)/pip install --disable-pip-version-check --no-deps --requirement constraints.txt
+	$(BIN)/pip install --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(BIN)/pip check --disable-pip-version-check
+	$(BIN)/python -m export.converter
+	touch $@
+
+clean:
+	rm -rf store release release-smoke logs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+distclean: clean
+	rm -rf $(VENV) *.egg-info
