@@ -8,7 +8,7 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from export.errors import ExportError
@@ -78,6 +78,7 @@ class LlamaCppRuntime:
         self._used = 0
         template = llama_cpp.llama_model_chat_template(self._model, None)
         self.chat_template = None if template is None else template.decode()
+        self._compiled_template: Template | None = None
 
     def tokenize(self, text: str) -> list[int]:
         """See ``Runtime.tokenize``."""
@@ -94,13 +95,8 @@ class LlamaCppRuntime:
 
     def chat_ids(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
         """See ``Runtime.chat_ids``. A BOS is added where llama.cpp itself would add one, even a second."""
-        if self.chat_template is None:
-            raise ExportError("The file holds no chat template.")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
         try:
-            text = environment.from_string(self.chat_template).render(
+            text = self._template().render(
                 messages=list(messages),
                 add_generation_prompt=add_generation_prompt,
                 bos_token=self._token_text(llama_cpp.llama_vocab_bos(self._vocab)),
@@ -109,6 +105,16 @@ class LlamaCppRuntime:
         except TemplateError as error:
             raise ExportError(f"The file's chat template cannot be rendered ({error}).") from error
         return self._tokenize(text, add_special=True)
+
+    def _template(self) -> Template:
+        if self._compiled_template is None:
+            if self.chat_template is None:
+                raise ExportError("The file holds no chat template.")
+            environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+            environment.globals["raise_exception"] = _raise_exception
+            environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+            self._compiled_template = environment.from_string(self.chat_template)
+        return self._compiled_template
 
     def _token_text(self, token_id: int) -> str:
         if token_id < 0:

@@ -64,3 +64,12 @@ def fixed_conversations() -> list[Messages]:
         if number % 2 == 0:
             chats.append([{"role": "system", "content": following}, {"role": "user", "content": content}])
     return chats
+
+
+def answered_conversations() -> list[Messages]:
+    """A question and its answer each; the answers hold nothing that looks like a control token, so that
+    each ends exactly where the template ends the turn."""
+    answers = [content for content in CONTENTS if content.strip() and "<" not in content]
+    return [
+        [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": answer}] for answer in answers
+    ]

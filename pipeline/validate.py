@@ -1,9 +1,10 @@
 """Gates: is every exported file still the model?"""
 
 import json
+import math
+import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,30 @@ from pipeline.errors import GateFailed, UserError
 from pipeline.models import load_tokenizer
 from pipeline.recipe import Recipe, Thresholds
 
-VERSION = 1
+STAGE = "fidelity"
+VERSION = 2
+REFERENCE_VERSION = 1
 HELD_OUT_CHATS = 8
+
+NOT_MEASURED: dict[str, Any] = dict.fromkeys(
+    (
+        "token_ids_equal",
+        "stops_at_end_of_turn",
+        "mean_kl",
+        "median_kl",
+        "p99_kl",
+        "p999_kl",
+        "max_kl",
+        "same_top",
+        "same_top_error",
+        "perplexity_ratio",
+        "perplexity_ratio_error",
+        "top_probability_rms",
+        "decode_kl",
+        "tokens",
+    )
+)
+"""What a file's entry says of measurements when the file could not be run."""
 
 
 def run(
@@ -26,47 +49,40 @@ def run(
 
     Returns:
         ``fidelity.json``: one entry a file, with its statistics, ``passed`` and ``failures``. A failed gate
-        is a result like any other; ``require_passed`` turns it into an error.
+        is a result like any other; ``require_passed`` turns it into an error. Statistics of a file that
+        its runtime cannot run, or that are no finite numbers, are null.
 
     Raises:
         UserError: the reference model cannot be run.
     """
 
     def make(output: Path, work: Path) -> None:
-        rows = evaluation_rows(recipe, instruct, text, chats)
-        entries = json.loads((exported.path / "files.json").read_text(encoding="utf-8"))
+        reference = reference_logits(store, recipe, instruct, text, chats)
         results = []
-        with tempfile.TemporaryDirectory(dir=work) as folder:
-            store.report("validate: running the model in torch for reference")
-            request = {"model": str(instruct.path / "model"), "rows": rows, "reference": folder}
-            request |= {"file": None, "threads": recipe.threads}
-            problem, _ = _worker(request, Path(folder))
-            if problem is not None:
-                raise UserError(f"{instruct.path / 'model'}: the model cannot be run in torch ({problem}).")
-            for entry in entries:
-                store.report(f"validate: {entry['format']} {entry['quantization']}")
-                request |= {"file": str(exported.path / entry["path"])}
-                problem, measured = _worker(request, Path(folder))
-                thresholds = recipe.validate_.thresholds.get(entry["quantization"], recipe.validate_.default)
-                name = Path(entry["path"]).name
-                failures = (
-                    [f"{name}: gate loads: {problem}"]
-                    if problem is not None
-                    else missed_gates(name, measured, thresholds)
-                )
-                results.append(
-                    {
-                        "file": name,
-                        **{key: entry[key] for key in ("format", "quantization", "bytes")},
-                        **measured,
-                        "passed": not failures,
-                        "failures": failures,
-                    }
-                )
+        for entry in json.loads((exported.path / "files.json").read_text(encoding="utf-8")):
+            store.report(f"validate: {entry['format']} {entry['quantization']}")
+            request = {"file": str(exported.path / entry["path"]), "reference": str(reference.path)}
+            problem, measured = _worker(request | {"threads": recipe.threads}, work)
+            thresholds = recipe.validate_.thresholds.get(entry["quantization"], recipe.validate_.default)
+            name = Path(entry["path"]).name
+            if problem is None:
+                failures = missed_gates(name, measured, thresholds)
+            else:
+                failures = [f"{name}: gate runs: the runtime fails, the threshold is no failure ({problem})."]
+            results.append(
+                {
+                    "file": name,
+                    **{key: entry[key] for key in ("format", "quantization", "bytes")},
+                    **NOT_MEASURED,
+                    **{key: _finite(value) for key, value in measured.items()},
+                    "passed": not failures,
+                    "failures": failures,
+                }
+            )
         write_json(output / "fidelity.json", results)
 
     return store.get_or_make(
-        f"fidelity_{exported.stage.removeprefix('export_')}",
+        f"{STAGE}_{exported.stage.removeprefix('export_')}",
         VERSION,
         recipe.slice("validate"),
         {"instruct": instruct, "exported": exported, "text": text, "chats": chats},
@@ -74,39 +90,87 @@ def run(
     )
 
 
+def reference_logits(
+    store: Store, recipe: Recipe, instruct: Artifact, text: Artifact, chats: Artifact
+) -> Artifact:
+    """The model's own answers, made once for all formats: see ``validate_worker.reference_answers``.
+
+    Raises:
+        UserError: the model cannot be run in torch.
+    """
+
+    def make(output: Path, work: Path) -> None:
+        store.report("validate: running the model in torch for reference")
+        rows = evaluation_rows(recipe, instruct, text, chats)
+        model = str(instruct.path / "model")
+        request = {"model": model, "rows": rows, "reference": str(output), "threads": recipe.threads}
+        problem, _ = _worker(request, work)
+        if problem is not None:
+            raise UserError(f"{model}: the model cannot be run in torch ({problem}).")
+
+    return store.get_or_make(
+        "reference_logits",
+        REFERENCE_VERSION,
+        {"tokens": recipe.validate_.tokens, "held_out_chats": HELD_OUT_CHATS},
+        {"instruct": instruct, "text": text, "chats": chats},
+        make,
+    )
+
+
 def missed_gates(name: str, measured: dict[str, Any], thresholds: Thresholds) -> list[str]:
-    """A sentence for each gate that a file misses, naming file, gate, value and threshold."""
+    """A sentence for each gate that a file misses, naming file, gate, value and threshold.
+
+    Args:
+        name: the file's name.
+        measured: result of ``validate_worker.judge``.
+        thresholds: the recipe's for this quantization.
+    """
     failures = []
+
+    def missed(gate: str, sentence: str) -> None:
+        failures.append(f"{name}: gate {gate}: {sentence}.")
+
     if not measured["token_ids_equal"]:
-        failures.append(
-            f"{name}: gate token_ids: {measured['token_ids_differ']} of {measured['conversations']} fixed "
-            f"conversations become other token ids than in the model's tokenizer, threshold 0 "
-            f"(first: {measured['token_ids_differ_in'][0]})."
+        missed(
+            "token_ids",
+            f"{measured['token_ids_differ']} of {measured['conversations']} fixed conversations become other "
+            f"token ids than in the model's tokenizer and template, the threshold is 0 "
+            f"(first: {measured['token_ids_differ_in'][0]})",
+        )
+    if not measured["bos_equal"]:
+        missed(
+            "bos",
+            f"a conversation begins with {measured['leading_bos']} BOS tokens, the model's with "
+            f"{measured['reference_leading_bos']}",
         )
     if not measured["stops_at_end_of_turn"]:
-        failures.append(
-            f"{name}: gate end_of_turn: generation stops at {measured['end_of_turn_ids']}, but the model "
-            f"ends a turn with {measured['reference_end_of_turn_ids']}."
+        missed(
+            "end_of_turn",
+            f"generation ends at the token ids {measured['end_of_turn_ids']} and so at another place in "
+            f"{measured['stops_differ']} of {measured['answers']} fixed answers, the threshold is 0; the "
+            f"model ends a turn with {measured['reference_end_of_turn_ids']}",
         )
-    if not measured["vocabulary_size_equal"]:
-        failures.append(
-            f"{name}: gate vocabulary: the file has {measured['vocabulary_size']} tokens, the model another "
-            "number."
+    if not measured["eos_equal"]:
+        missed(
+            "eos",
+            f"the file names {measured['eos_token_id']} as its end of sequence, the model ends with "
+            f"{measured['reference_end_of_turn_ids']}",
         )
-    limits = (
-        ("mean_kl", thresholds.mean_kl, "at most"),
-        ("p99_kl", thresholds.p99_kl, "at most"),
-        ("same_top", thresholds.same_top, "at least"),
-        ("perplexity_ratio", thresholds.perplexity_ratio, "at most"),
-    )
-    for gate, threshold, relation in limits:
-        if threshold is None:
-            continue
-        value = measured[gate]
-        # Written so that a value that is no number fails.
-        holds = value <= threshold if relation == "at most" else value >= threshold
-        if not holds:
-            failures.append(f"{name}: gate {gate}: {value:.4g}, the threshold is {relation} {threshold:.4g}.")
+    for gate in ("vocabulary_size", "context_length"):
+        if measured[gate] != measured[f"reference_{gate}"]:
+            missed(gate, f"{measured[gate]} tokens, the model has {measured[f'reference_{gate}']}")
+    at_most = {
+        "mean_kl": thresholds.mean_kl,
+        "p99_kl": thresholds.p99_kl,
+        "perplexity_ratio": thresholds.perplexity_ratio,
+        "decode_kl": thresholds.mean_kl,
+    }
+    # Written so that a value that is no number fails.
+    for gate, threshold in at_most.items():
+        if threshold is not None and not measured[gate] <= threshold:
+            missed(gate, f"{measured[gate]:.4g}, the threshold is at most {threshold:.4g}")
+    if not measured["same_top"] >= thresholds.same_top:
+        missed("same_top", f"{measured['same_top']:.4g}, the threshold is at least {thresholds.same_top:.4g}")
     return failures
 
 
@@ -139,17 +203,27 @@ def evaluation_rows(recipe: Recipe, instruct: Artifact, text: Artifact, chats: A
     return rows
 
 
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity; the gates have judged them before."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _worker(request: dict[str, Any], folder: Path) -> tuple[str | None, dict[str, Any]]:
     """Runs ``pipeline.validate_worker``: (what went wrong or None, its result)."""
     request_file, result_file = folder / "request.json", folder / "result.json"
-    write_json(request_file, request)
     result_file.unlink(missing_ok=True)
+    write_json(request_file, request)
     finished = subprocess.run(
         [sys.executable, "-m", "pipeline.validate_worker", str(request_file), str(result_file)],
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
+        errors="replace",
     )
-    if finished.returncode != 0:
-        lines = [line for line in finished.stderr.splitlines() if line.strip()]
-        return (lines[-1] if lines else f"the process ended with status {finished.returncode}"), {}
-    return None, json.loads(result_file.read_text(encoding="utf-8")) if result_file.exists() else {}
+    if finished.returncode == 0:
+        return None, json.loads(result_file.read_text(encoding="utf-8")) if result_file.exists() else {}
+    lines = [line.strip() for line in finished.stderr.splitlines() if line.strip()]
+    said = lines[-1].rstrip(".") if lines else "it said nothing"
+    if finished.returncode < 0:
+        return f"the process was ended by {signal.Signals(-finished.returncode).name}; {said}", {}
+    return said, {}

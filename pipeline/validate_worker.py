@@ -14,55 +14,132 @@ import numpy as np
 from export.errors import ExportError
 from export.runtime import Runtime, open_runtime
 from pipeline.artifacts import write_json
-from pipeline.conversations import fixed_conversations
+from pipeline.conversations import answered_conversations, fixed_conversations
 from pipeline.fidelity import Fidelity
 
 CHUNK = 256
 """Positions compared at a time."""
 
-
-def reference_answers(model_dir: Path, rows: list[list[int]], threads: int, folder: Path) -> None:
-    """Writes what the gates compare with: logits of every row and facts of tokenizer and generation."""
-    runtime = open_runtime(model_dir, threads)
-    for number, row in enumerate(rows):
-        runtime.reset()
-        np.save(folder / f"logits-{number:04d}.npy", runtime.forward(row).astype(np.float32))
-    write_json(folder / "facts.json", {"rows": rows, **facts(runtime, with_text=True)})
-    runtime.close()
+STEPS = 16
+"""Tokens decoded one by one, to compare with the same tokens in one pass."""
 
 
-def facts(runtime: Runtime, with_text: bool = False) -> dict[str, Any]:
-    """What a file says of itself: token ids of the fixed conversations, ends of turn, sizes."""
+def facts(runtime: Runtime) -> dict[str, Any]:
+    """What a file says of itself, without running the model.
+
+    Returns:
+        chat_ids {"False" | "True" (with generation prompt): token ids of each fixed conversation}; stops:
+        after how many tokens of each answered conversation's answer generation would end (None: never);
+        end_of_turn_ids; those of them that are text (``text_end_of_turn_ids``), which would cut answers
+        short; eos_token_id; vocabulary_size; context_length.
+    """
     chats = {
         str(prompt): [runtime.chat_ids(messages, prompt) for messages in fixed_conversations()]
         for prompt in (False, True)
     }
+    ends = [int(token_id) for token_id in runtime.end_of_turn_ids]
+    stops: list[int | None] = []
+    for messages in answered_conversations():
+        asked, answered = runtime.chat_ids(messages[:-1], True), runtime.chat_ids(messages, False)
+        answer = answered[len(asked) :]
+        stops.append(next((place for place, token_id in enumerate(answer) if token_id in ends), None))
     return {
         "chat_ids": chats,
-        "end_of_turn_ids": list(runtime.end_of_turn_ids),
+        "stops": stops,
+        "end_of_turn_ids": ends,
+        "text_end_of_turn_ids": [token_id for token_id in ends if runtime.decode_text([token_id])],
+        "eos_token_id": runtime.eos_token_id,
         "vocabulary_size": runtime.vocabulary_size,
-        "context_length": runtime.context_length,
-        **({"template_end": chats["False"][0][-4:]} if with_text else {}),
+        "context_length": runtime.trained_context_length,
     }
+
+
+def reference_answers(model_dir: Path, rows: list[list[int]], threads: int, folder: Path) -> None:
+    """Writes what files are judged by: ``logits-NNNN.npy`` (float32 ``[T, V]``) of every row, each from an
+    empty cache, and ``facts.json`` of the model with ``bos_token_id`` and the rows.
+
+    Raises:
+        ExportError: the model cannot be run.
+    """
+    from export.torch_runtime import TorchRuntime
+
+    runtime = TorchRuntime(model_dir, threads)
+    for number, row in enumerate(rows):
+        runtime.reset()
+        np.save(folder / f"logits-{number:04d}.npy", runtime.forward(row).astype(np.float32, copy=False))
+    write_json(
+        folder / "facts.json",
+        {"rows": rows, "bos_token_id": runtime.tokenizer.bos_token_id, **facts(runtime)},
+    )
+    runtime.close()
+
+
+def read_reference(folder: Path) -> tuple[dict[str, Any], Callable[[int], np.ndarray]]:
+    """What ``reference_answers`` wrote: facts, and a function from a row's number to its logits."""
+    reference = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    return reference, lambda number: np.load(folder / f"logits-{number:04d}.npy", mmap_mode="r")
 
 
 def judge(
     runtime: Runtime, reference: dict[str, Any], logits_of: Callable[[int], np.ndarray]
 ) -> dict[str, Any]:
-    """Everything that the gates of one file look at.
+    """Everything that the gates of one file look at; plain JSON values.
 
     Args:
         runtime: the file, loaded.
-        reference: ``facts`` of the model with its ``rows``.
+        reference: ``facts`` of the model with its ``rows`` and ``bos_token_id``.
         logits_of: the model's logits ``[T, V]`` of a row.
+
+    Raises:
+        ExportError: the file cannot be run.
     """
     found = facts(runtime)
-    differing = [
-        f"conversation {number}, {'with' if prompt == 'True' else 'without'} generation prompt"
-        for prompt, expected in reference["chat_ids"].items()
-        for number, ids in enumerate(expected)
-        if found["chat_ids"][prompt][number] != ids
-    ]
+    differing, bos_differs = [], []
+    for prompt, expected in reference["chat_ids"].items():
+        for number, ids in enumerate(expected):
+            other = found["chat_ids"][prompt][number]
+            if other == ids:
+                continue
+            differing.append(
+                f"conversation {number}, {'with' if prompt == 'True' else 'without'} generation prompt"
+            )
+            counts = [_leading(some, reference["bos_token_id"]) for some in (ids, other)]
+            if counts[0] != counts[1]:
+                bos_differs.append(counts)
+    return {
+        "runtime": runtime.name,
+        "conversations": sum(len(ids) for ids in reference["chat_ids"].values()),
+        "token_ids_equal": not differing,
+        "token_ids_differ": len(differing),
+        "token_ids_differ_in": differing[:3],
+        "leading_bos": bos_differs[0][1] if bos_differs else None,
+        "reference_leading_bos": bos_differs[0][0] if bos_differs else None,
+        "bos_equal": not bos_differs,
+        "stops_at_end_of_turn": (
+            set(reference["end_of_turn_ids"]) <= set(found["end_of_turn_ids"])
+            and set(found["text_end_of_turn_ids"]) <= set(reference["end_of_turn_ids"])
+            and found["stops"] == reference["stops"]
+        ),
+        "stops_differ": sum(a != b for a, b in zip(found["stops"], reference["stops"], strict=True)),
+        "answers": len(reference["stops"]),
+        "end_of_turn_ids": found["end_of_turn_ids"],
+        "reference_end_of_turn_ids": reference["end_of_turn_ids"],
+        "eos_token_id": found["eos_token_id"],
+        # A file may name any end of the model as its eos; none at all only if the model has none either.
+        "eos_equal": found["eos_token_id"] in {*reference["end_of_turn_ids"], reference["eos_token_id"]},
+        "vocabulary_size": found["vocabulary_size"],
+        "reference_vocabulary_size": reference["vocabulary_size"],
+        "context_length": found["context_length"],
+        "reference_context_length": reference["context_length"],
+        "decode_kl": decode_divergence(runtime, reference["rows"][0]),
+        **compare_logits(runtime, reference, logits_of),
+    }
+
+
+def compare_logits(
+    runtime: Runtime, reference: dict[str, Any], logits_of: Callable[[int], np.ndarray]
+) -> dict[str, float]:
+    """``Fidelity.statistics`` over all rows, each from an empty cache, as far as both vocabularies go."""
     size = min(runtime.vocabulary_size, reference["vocabulary_size"])
     fidelity = Fidelity()
     for number, row in enumerate(reference["rows"]):
@@ -72,33 +149,42 @@ def judge(
         for start in range(0, len(following), CHUNK):
             chunk = slice(start, min(start + CHUNK, len(following)))
             fidelity.add(expected[chunk, :size], logits[chunk, :size], following[chunk])
-    return {
-        "token_ids_equal": not differing,
-        "token_ids_differ_in": differing[:3],
-        "token_ids_differ": len(differing),
-        "conversations": sum(len(ids) for ids in reference["chat_ids"].values()),
-        "stops_at_end_of_turn": set(reference["end_of_turn_ids"]) <= set(found["end_of_turn_ids"]),
-        "end_of_turn_ids": found["end_of_turn_ids"],
-        "reference_end_of_turn_ids": reference["end_of_turn_ids"],
-        "vocabulary_size": found["vocabulary_size"],
-        "vocabulary_size_equal": found["vocabulary_size"] == reference["vocabulary_size"],
-        "context_length": found["context_length"],
-        **fidelity.statistics(),
-    }
+    return fidelity.statistics()
+
+
+def decode_divergence(runtime: Runtime, row: list[int]) -> float:
+    """Mean KL, in nats, between a row's last tokens run in one pass and run one by one: runtimes have other
+    kernels for decoding, and the statistics see only those of one pass."""
+    steps = min(STEPS, len(row) - 1)
+    runtime.reset()
+    at_once = runtime.forward(row)[-steps:].copy()
+    runtime.reset()
+    runtime.prefill(row[:-steps])
+    one_by_one = np.stack([runtime.decode(token_id) for token_id in row[-steps:]])
+    fidelity = Fidelity()
+    fidelity.add(at_once, one_by_one, np.zeros(steps, dtype=int))
+    return fidelity.statistics()["mean_kl"]
+
+
+def _leading(ids: list[int], bos_token_id: int | None) -> int:
+    """How many BOS tokens a conversation begins with."""
+    return next((place for place, token_id in enumerate(ids) if token_id != bos_token_id), len(ids))
 
 
 def main() -> int:
-    """Reads the request, writes the result; exit code 2 and a sentence on stderr if the file fails to run."""
+    """Reads the request {reference, threads} and {model, rows} or {file}; writes the result of ``judge``.
+    Exit code 2 and a sentence on stderr if the file fails to run."""
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     folder = Path(request["reference"])
     try:
-        if request["file"] is None:
+        if "model" in request:
             reference_answers(Path(request["model"]), request["rows"], request["threads"], folder)
             return 0
-        reference = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-        runtime = open_runtime(Path(request["file"]), request["threads"])
-        result = judge(runtime, reference, lambda number: np.load(folder / f"logits-{number:04d}.npy"))
-        write_json(Path(sys.argv[2]), result)
+        reference, logits_of = read_reference(folder)
+        # No more cache than the rows need.
+        context_length = max(len(row) for row in reference["rows"])
+        runtime = open_runtime(Path(request["file"]), request["threads"], context_length)
+        write_json(Path(sys.argv[2]), judge(runtime, reference, logits_of))
     except ExportError as error:
         print(error, file=sys.stderr)
         return 2

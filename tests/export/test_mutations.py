@@ -1,0 +1,346 @@
+"""Gates bite: each way to break an exported file is caught by the gate that its row names."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import onnx
+import pytest
+from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
+
+from export.errors import ExportError
+from export.gguf import export_gguf
+from export.onnx import export_onnx
+from export.runtime import open_runtime
+from pipeline.recipe import Thresholds
+from pipeline.validate import missed_gates
+from pipeline.validate_worker import judge, read_reference, reference_answers
+
+# Those of the recipes for f16 and fp32, files that are the model up to rounding.
+THRESHOLDS = Thresholds(mean_kl=0.001, same_top=0.98, perplexity_ratio=1.01)
+TEXT = (
+    "The import statement binds a name to a module. If it cannot be found, an exception is raised, and the "
+    "statement ends; 1234 modules are searched for in the order of the path, which a program may change."
+)
+
+Mutation = Callable[[Path], None]
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_model_dir: Path, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("reference")
+    # Random ids as well: on them the tiny random model's predictions lean on every part of it.
+    random_ids = np.random.default_rng(0).integers(3, len(tiny_tokenizer), 96).tolist()
+    reference_answers(tiny_model_dir, [tiny_tokenizer(TEXT)["input_ids"], random_ids], 1, folder)
+    return read_reference(folder)
+
+
+@pytest.fixture(scope="module")
+def good(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An undamaged export of each format."""
+    folder = tmp_path_factory.mktemp("good")
+    gguf_file = export_gguf(tiny_model_dir, folder / "gguf", "tiny", ["f16"], pre_tokenizer="smollm")[0]
+    onnx_file = export_onnx(tiny_model_dir, folder / "onnx-folder", "tiny", ["fp32"], threads=1)[0]
+    return {"gguf": gguf_file, "onnx": onnx_file}
+
+
+def copy_of(path: Path, folder: Path) -> Path:
+    """A copy of an export that a mutation may break; returns what ``open_runtime`` opens."""
+    if path.suffix == ".gguf":
+        return Path(shutil.copy(path, folder / path.name))
+    exported = path.parent.parent if path.suffix == ".onnx" else path
+    shutil.copytree(exported, folder / "export")
+    return folder / "export" / path.relative_to(exported)
+
+
+def gates_missed(path: Path, reference: Any) -> list[str]:
+    """Names of the gates that a file misses; ``runs`` when its runtime refuses it."""
+    try:
+        runtime = open_runtime(path, 1, 128)
+        measured = judge(runtime, *reference)
+        runtime.close()
+    except ExportError:
+        return ["runs"]
+    failures = missed_gates(path.name, measured, THRESHOLDS)
+    assert all(failure.startswith(f"{path.name}: gate ") for failure in failures)
+    return [failure.split(": gate ", 1)[1].split(":", 1)[0] for failure in failures]
+
+
+# GGUF
+
+
+def gguf_metadata(key: str, change: Callable[[Any], Any], kind: gguf.GGUFValueType | None = None) -> Mutation:
+    """Changes (or with ``kind`` adds) one metadata value."""
+
+    def mutate(path: Path) -> None:
+        reader = gguf.GGUFReader(path)
+        field = reader.get_field(key)
+        if field is None:
+            assert kind is not None, f"{key} is not in the file"
+            details = MetadataDetails(kind, change(None))
+        else:
+            sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            details = MetadataDetails(field.types[0], change(field.contents()), sub_type=sub_type)
+        architecture = reader.get_field("general.architecture").contents()
+        writer = gguf.GGUFWriter(path.with_suffix(".new"), arch=architecture, endianess=reader.endianess)
+        copy_with_new_metadata(reader, writer, {key: details}, [])  # writes the file
+        path.with_suffix(".new").replace(path)
+
+    return mutate
+
+
+def gguf_tensors(change: Callable[[dict[str, np.ndarray]], None]) -> Mutation:
+    """Changes tensors in place."""
+
+    def mutate(path: Path) -> None:
+        reader = gguf.GGUFReader(path, "r+")
+        change({tensor.name: tensor.data for tensor in reader.tensors})
+        reader.data.flush()
+
+    return mutate
+
+
+def swap(first: str, second: str) -> Callable[[dict[str, np.ndarray]], None]:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        kept = tensors[first].copy()
+        tensors[first][:] = tensors[second]
+        tensors[second][:] = kept
+
+    return change
+
+
+def transform(name: str, function: Callable[[np.ndarray], np.ndarray]) -> Callable[[Any], None]:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        tensors[name][:] = function(tensors[name].copy())
+
+    return change
+
+
+def swap_heads(matrix: np.ndarray) -> np.ndarray:
+    """Exchanges the first two heads of 32 rows."""
+    return np.concatenate([matrix[32:64], matrix[:32], matrix[64:]])
+
+
+def truncate(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size * 3 // 4)
+
+
+def swap_tokens(tokens: list[str]) -> list[str]:
+    tokens[300], tokens[301] = tokens[301], tokens[300]
+    return tokens
+
+
+GGUF: dict[str, tuple[Mutation, str]] = {
+    "rope theta 10000": (gguf_metadata("llama.rope.freq_base", lambda theta: 10000.0), "mean_kl"),
+    "rope half the dimensions": (
+        gguf_metadata("llama.rope.dimension_count", lambda count: count // 2),
+        "runs",
+    ),
+    "norm epsilon": (gguf_metadata("llama.attention.layer_norm_rms_epsilon", lambda e: 0.1), "mean_kl"),
+    "context length": (gguf_metadata("llama.context_length", lambda length: 2 * length), "context_length"),
+    "one layer fewer": (gguf_metadata("llama.block_count", lambda count: count - 1), "runs"),
+    "eos is the start of a turn": (gguf_metadata("tokenizer.ggml.eos_token_id", lambda eos: 1), "eos"),
+    "eos off by one": (gguf_metadata("tokenizer.ggml.eos_token_id", lambda eos: eos + 1), "end_of_turn"),
+    "eos is a full stop": (gguf_metadata("tokenizer.ggml.eos_token_id", lambda eos: 17), "end_of_turn"),
+    "doubled BOS": (
+        gguf_metadata("tokenizer.ggml.add_bos_token", lambda add: True, gguf.GGUFValueType.BOOL),
+        "bos",
+    ),
+    "template without its last line break": (
+        gguf_metadata("tokenizer.chat_template", lambda t: t.replace("'<|im_end|>' + '\n'", "'<|im_end|>'")),
+        "token_ids",
+    ),
+    "template adds a space": (
+        gguf_metadata("tokenizer.chat_template", lambda t: t.replace("assistant\n", "assistant \n")),
+        "token_ids",
+    ),
+    "template with another system message": (
+        gguf_metadata("tokenizer.chat_template", lambda t: t.replace("You are a helpful", "You are an")),
+        "token_ids",
+    ),
+    "another pre-tokenizer": (gguf_metadata("tokenizer.ggml.pre", lambda pre: "falcon"), "token_ids"),
+    "two tokens swapped": (gguf_metadata("tokenizer.ggml.tokens", swap_tokens), "token_ids"),
+    "merges in another order": (gguf_metadata("tokenizer.ggml.merges", lambda m: m[::-1]), "token_ids"),
+    "swapped gate and up": (
+        gguf_tensors(swap("blk.0.ffn_gate.weight", "blk.0.ffn_up.weight")),
+        "mean_kl",
+    ),
+    "swapped layers": (gguf_tensors(swap("blk.0.ffn_down.weight", "blk.1.ffn_down.weight")), "mean_kl"),
+    "swapped key and value": (gguf_tensors(swap("blk.0.attn_k.weight", "blk.0.attn_v.weight")), "mean_kl"),
+    "head order": (gguf_tensors(transform("blk.0.attn_q.weight", swap_heads)), "mean_kl"),
+    "transposed matrix": (gguf_tensors(transform("blk.0.attn_output.weight", np.transpose)), "mean_kl"),
+    "norm off by one": (gguf_tensors(transform("blk.0.attn_norm.weight", lambda w: w + 1)), "mean_kl"),
+    "zeroed matrix": (gguf_tensors(transform("blk.3.ffn_down.weight", np.zeros_like)), "mean_kl"),
+    "not a number": (gguf_tensors(transform("output_norm.weight", lambda w: w * np.nan)), "mean_kl"),
+    "truncated": (truncate, "runs"),
+}
+
+
+# ONNX
+
+
+def json_file(name: str, change: Callable[[dict[str, Any]], Any]) -> Mutation:
+    """Changes a configuration file of an export's folder."""
+
+    def mutate(path: Path) -> None:
+        folder = path.parent.parent if path.suffix == ".onnx" else path
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        change(content)
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+
+    return mutate
+
+
+def onnx_weights(change: Callable[[dict[str, np.ndarray]], None]) -> Mutation:
+    """Changes initializers."""
+
+    def mutate(path: Path) -> None:
+        model = onnx.load(path)
+        arrays = {
+            tensor.name: onnx.numpy_helper.to_array(tensor).copy() for tensor in model.graph.initializer
+        }
+        change(arrays)
+        for tensor in model.graph.initializer:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(arrays[tensor.name], tensor.name))
+        onnx.save_model(model, path)
+
+    return mutate
+
+
+def _both(first: Mutation, second: Mutation) -> Mutation:
+    def mutate(path: Path) -> None:
+        first(path)
+        second(path)
+
+    return mutate
+
+
+def rope_table_of_theta(theta: float) -> Callable[[dict[str, np.ndarray]], None]:
+    def change(arrays: dict[str, np.ndarray]) -> None:
+        positions, half = arrays["cos_cache"].shape
+        angles = np.outer(np.arange(positions), theta ** (-np.arange(half) / half))
+        arrays["cos_cache"][:], arrays["sin_cache"][:] = np.cos(angles), np.sin(angles)
+
+    return change
+
+
+def without(key: str) -> Callable[[dict[str, Any]], Any]:
+    return lambda content: content.pop(key)
+
+
+def set_to(key: str, value: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda content: content.update({key: value})
+
+
+def set_model(key: str, change: Callable[[Any], Any]) -> Callable[[dict[str, Any]], Any]:
+    """Changes a value below ``model`` in ``genai_config.json``."""
+    return lambda content: content["model"].update({key: change(content["model"][key])})
+
+
+def edit_template(old: str, new: str) -> Callable[[dict[str, Any]], Any]:
+    def change(content: dict[str, Any]) -> None:
+        assert old in content["chat_template"]
+        content["chat_template"] = content["chat_template"].replace(old, new)
+
+    return change
+
+
+def swap_tokenizer_tokens(content: dict[str, Any]) -> None:
+    vocabulary = content["model"]["vocab"]
+    names = {token_id: token for token, token_id in vocabulary.items()}
+    vocabulary[names[300]], vocabulary[names[301]] = 301, 300
+
+
+LAYER = "model.layers.0."
+ONNX: dict[str, tuple[Mutation, str]] = {
+    "rope theta 10000": (onnx_weights(rope_table_of_theta(10000.0)), "mean_kl"),
+    "swapped sine and cosine": (onnx_weights(swap("cos_cache", "sin_cache")), "mean_kl"),
+    "swapped gate and up": (
+        onnx_weights(swap(f"{LAYER}mlp.gate_proj.MatMul.weight", f"{LAYER}mlp.up_proj.MatMul.weight")),
+        "mean_kl",
+    ),
+    "swapped layers": (
+        onnx_weights(
+            swap(f"{LAYER}attn.qkv_proj.MatMul.weight", "model.layers.1.attn.qkv_proj.MatMul.weight")
+        ),
+        "mean_kl",
+    ),
+    "swapped norms": (
+        onnx_weights(transform(f"{LAYER}input_layernorm.weight", lambda w: w + 1)),
+        "mean_kl",
+    ),
+    "transposed matrix": (
+        onnx_weights(transform(f"{LAYER}attn.o_proj.MatMul.weight", np.transpose)),
+        "mean_kl",
+    ),
+    "perturbed matrix": (
+        onnx_weights(transform(f"{LAYER}mlp.down_proj.MatMul.weight", lambda w: 1.25 * w)),
+        "mean_kl",
+    ),
+    "vocabulary shifted by one": (
+        onnx_weights(transform("lm_head.MatMul.weight", lambda w: np.roll(w, 1, axis=1))),
+        "same_top",
+    ),
+    "eos of GenAI off by one": (
+        json_file("genai_config.json", set_model("eos_token_id", lambda eos: eos + 1)),
+        "end_of_turn",
+    ),
+    "eos of transformers.js off by one": (
+        json_file("generation_config.json", set_to("eos_token_id", 1)),
+        "end_of_turn",
+    ),
+    "generation also ends at a full stop": (
+        _both(
+            json_file("generation_config.json", set_to("eos_token_id", [2, 17])),
+            json_file("genai_config.json", set_model("eos_token_id", lambda eos: [2, 17])),
+        ),
+        "end_of_turn",
+    ),
+    "eos of the tokenizer": (json_file("tokenizer_config.json", set_to("eos_token", "<|im_start|>")), "eos"),
+    "context length": (
+        json_file("genai_config.json", set_model("context_length", lambda length: length // 2)),
+        "context_length",
+    ),
+    "template without its last line break": (
+        json_file("tokenizer_config.json", edit_template("'<|im_end|>' + '\n'", "'<|im_end|>'")),
+        "token_ids",
+    ),
+    "template with a doubled BOS": (
+        json_file(
+            "tokenizer_config.json", lambda c: set_to("chat_template", "<|im_start|>" + c["chat_template"])(c)
+        ),
+        "bos",
+    ),
+    "no template": (json_file("tokenizer_config.json", without("chat_template")), "runs"),
+    "two tokens swapped": (json_file("tokenizer.json", swap_tokenizer_tokens), "token_ids"),
+    "lower-cased text": (
+        json_file("tokenizer.json", set_to("normalizer", {"type": "Lowercase"})),
+        "token_ids",
+    ),
+    "truncated": (truncate, "runs"),
+}
+
+
+def _cases(table: dict[str, tuple[Mutation, str]], format: str) -> list[Any]:
+    return [
+        pytest.param(format, mutate, gate, id=f"{format}: {what}") for what, (mutate, gate) in table.items()
+    ]
+
+
+@pytest.mark.parametrize("format", ["gguf", "onnx"])
+def test_the_undamaged_file_passes(good: dict[str, Path], reference: Any, format: str) -> None:
+    assert gates_missed(good[format], reference) == []
+
+
+@pytest.mark.parametrize(("format", "mutate", "gate"), [*_cases(GGUF, "gguf"), *_cases(ONNX, "onnx")])
+def test_broken_file_misses_its_gate(
+    good: dict[str, Path], reference: Any, tmp_path: Path, format: str, mutate: Mutation, gate: str
+) -> None:
+    path = copy_of(good[format], tmp_path)
+    mutate(path)
+    assert gate in gates_missed(path, reference)
