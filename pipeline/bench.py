@@ -2,10 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,66 +14,87 @@ from pipeline.artifacts import Artifact, Store, write_json
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 
-VERSION = 1
+STAGE = "device"
+VERSION = 2
 
 
 def run(store: Store, recipe: Recipe, exported: Artifact, text: Artifact) -> Artifact:
     """Measures every file of an export.
 
     Returns:
-        ``device.json``: one entry a file. ``reliable`` is false where other tasks competed for the CPU
-        more than ``bench.max_cpu_pressure`` allows.
+        ``device.json``: one entry a file, the keys of ``bench_worker.measure`` with file, format,
+        quantization and bytes. ``reliable`` is false where tasks waited for the CPU more than
+        ``bench.max_cpu_pressure`` allows, or the kernel cannot tell.
 
     Raises:
-        UserError: a file cannot be run.
+        UserError: a file cannot be run, or the held-out text is shorter than the prompt.
     """
     section = recipe.bench
 
     def make(output: Path, work: Path) -> None:
-        prompt = np.load(text.path / "held_out.npy").reshape(-1)[: section.prompt_tokens].tolist()
+        held_out = np.load(text.path / "held_out.npy").reshape(-1)
+        if len(held_out) < section.prompt_tokens:
+            raise UserError(
+                f"bench.prompt_tokens: {section.prompt_tokens} are asked for, but the held-out text has only "
+                f"{len(held_out)} tokens; raise data.text.held_out_tokens or ask for fewer."
+            )
+        prompt = held_out[: section.prompt_tokens].tolist()
         results = []
         for entry in json.loads((exported.path / "files.json").read_text(encoding="utf-8")):
             store.report(
                 f"bench: {entry['format']} {entry['quantization']}, {section.repetitions} repetitions"
             )
-            with tempfile.TemporaryDirectory(dir=work) as folder:
-                request, result = Path(folder) / "request.json", Path(folder) / "result.json"
-                write_json(
-                    request,
-                    {
-                        "file": str(exported.path / entry["path"]),
-                        "prompt": prompt,
-                        "generated_tokens": section.generated_tokens,
-                        "repetitions": section.repetitions,
-                        "threads": section.threads,
-                    },
-                )
-                threads = str(section.threads)
-                finished = subprocess.run(
-                    [sys.executable, "-m", "pipeline.bench_worker", str(request), str(result)],
-                    capture_output=True,
-                    text=True,
-                    env={**os.environ, "OMP_NUM_THREADS": threads, "TVM_NUM_THREADS": threads},
-                )
-                if finished.returncode != 0:
-                    lines = [line for line in finished.stderr.splitlines() if line.strip()]
-                    reason = lines[-1] if lines else f"status {finished.returncode}"
-                    raise UserError(f"{Path(entry['path']).name}: cannot be measured ({reason}).")
-                measured = json.loads(result.read_text(encoding="utf-8"))
+            measured = _measure(
+                {
+                    "file": str(exported.path / entry["path"]),
+                    "prompt": prompt,
+                    "generated_tokens": section.generated_tokens,
+                    "repetitions": section.repetitions,
+                    "threads": section.threads,
+                },
+                work,
+            )
+            pressure = measured["cpu_pressure"]
             results.append(
                 {
                     "file": Path(entry["path"]).name,
                     **{key: entry[key] for key in ("format", "quantization", "bytes")},
                     **measured,
-                    "reliable": measured["cpu_pressure"] <= section.max_cpu_pressure,
+                    "reliable": pressure is not None and pressure <= section.max_cpu_pressure,
                 }
             )
         write_json(output / "device.json", results)
 
     return store.get_or_make(
-        f"device_{exported.stage.removeprefix('export_')}",
+        f"{STAGE}_{exported.stage.removeprefix('export_')}",
         VERSION,
         recipe.slice("bench"),
         {"exported": exported, "text": text},
         make,
     )
+
+
+def _measure(request: dict[str, Any], work: Path) -> dict[str, Any]:
+    """Runs ``pipeline.bench_worker``.
+
+    Raises:
+        UserError: it failed or was ended by a signal.
+    """
+    request_file, result_file = work / "request.json", work / "result.json"
+    write_json(request_file, request)
+    threads = str(request["threads"])
+    finished = subprocess.run(
+        [sys.executable, "-m", "pipeline.bench_worker", str(request_file), str(result_file)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        env={**os.environ, "OMP_NUM_THREADS": threads, "TVM_NUM_THREADS": threads},
+    )
+    if finished.returncode == 0:
+        return json.loads(result_file.read_text(encoding="utf-8"))
+    lines = [line.strip() for line in finished.stderr.splitlines() if line.strip()]
+    reason = lines[-1].rstrip(".") if lines else "it said nothing"
+    if finished.returncode < 0:
+        reason = f"the process was ended by {signal.Signals(-finished.returncode).name}; {reason}"
+    raise UserError(f"{Path(request['file']).name}: cannot be measured ({reason}).")

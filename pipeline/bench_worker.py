@@ -3,6 +3,7 @@
 Usage: python -m pipeline.bench_worker REQUEST.json RESULT.json
 """
 
+import contextlib
 import json
 import statistics
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from export.errors import ExportError
-from export.runtime import open_runtime
+from export.runtime import runtime_class
 from pipeline.artifacts import write_json
 
 
@@ -20,34 +21,55 @@ def measure(
 ) -> dict[str, Any]:
     """Load time, TTFT, prefill and decode speed, CPU time and memory of one file.
 
-    One unmeasured repetition warms up. A repetition empties the cache, runs the prompt (prefill; up to the
-    first token it is also the TTFT) and then decodes greedily ``generated_tokens`` tokens one by one.
+    One unmeasured repetition warms up. A repetition empties the cache, runs the prompt (prefill; with the
+    choice of the first token it is the TTFT) and then decodes greedily ``generated_tokens`` tokens one by
+    one. The runtime's libraries are imported before the clock starts.
+
+    Args:
+        file: what ``export.runtime.open_runtime`` opens.
+        prompt: token ids of the prompt.
+        generated_tokens: tokens decoded after the first one.
+        repetitions: measured ones, at least 1.
+        threads: CPU threads of the runtime.
+
+    Returns:
+        Means over the repetitions: load_s, ttft_s in seconds; prefill_tokens_per_s and decode_tokens_per_s
+        with their sample standard deviations prefill_std and decode_std; cpu_seconds_per_token of prompt and
+        answer together, over all threads; rss_anon_bytes and rss_file_bytes at the end and peak_rss_bytes
+        since before the load, all of the whole process, and rss_anon_before_load_bytes, what of it the
+        interpreter and its libraries had before; cpu_pressure, the per cent of the measured time in which
+        some task of the machine waited for a CPU (null where the kernel does not count that).
+
+    Raises:
+        ExportError: the runtime refuses the file or the tokens.
     """
+    open_file = runtime_class(file)
+    forget_peak()
     before = memory()
     started = time.perf_counter()
-    runtime = open_runtime(file, threads, max(512, len(prompt) + generated_tokens + 8))
+    runtime = open_file(file, threads, len(prompt) + generated_tokens)
     load_seconds = time.perf_counter() - started
     time_to_first_token, prefill, decode = [], [], []
-    cpu_seconds, tokens, stalled, measured_seconds = 0.0, 0, 0.0, 0.0
+    cpu_seconds, stalled, measured_seconds = 0.0, 0.0, 0.0
+    counted = cpu_stall_seconds() is not None
     for repetition in range(repetitions + 1):
         runtime.reset()
-        cpu_started, stalled_started = time.process_time(), cpu_stall_seconds()
+        stalled_before = cpu_stall_seconds() or 0.0
+        cpu_before = time.process_time()
         started = time.perf_counter()
-        logits = runtime.prefill(prompt)
-        token_id = int(logits.argmax())
+        token_id = int(runtime.prefill(prompt).argmax())
         first = time.perf_counter()
         for _ in range(generated_tokens):
             token_id = int(runtime.decode(token_id).argmax())
         ended = time.perf_counter()
         if repetition == 0:
             continue
+        cpu_seconds += time.process_time() - cpu_before
+        stalled += (cpu_stall_seconds() or 0.0) - stalled_before
+        measured_seconds += ended - started
         time_to_first_token.append(first - started)
         prefill.append(len(prompt) / (first - started))
         decode.append(generated_tokens / (ended - first))
-        cpu_seconds += time.process_time() - cpu_started
-        stalled += cpu_stall_seconds() - stalled_started
-        measured_seconds += ended - started
-        tokens += len(prompt) + generated_tokens
     after = memory()
     result = {
         "runtime": runtime.name,
@@ -58,12 +80,12 @@ def measure(
         "prefill_std": statistics.stdev(prefill) if len(prefill) > 1 else 0.0,
         "decode_tokens_per_s": statistics.mean(decode),
         "decode_std": statistics.stdev(decode) if len(decode) > 1 else 0.0,
-        "cpu_seconds_per_token": cpu_seconds / tokens,
+        "cpu_seconds_per_token": cpu_seconds / (repetitions * (len(prompt) + generated_tokens)),
         "rss_anon_bytes": after["RssAnon"],
         "rss_file_bytes": after["RssFile"],
         "peak_rss_bytes": after["VmHWM"],
         "rss_anon_before_load_bytes": before["RssAnon"],
-        "cpu_pressure": 100 * stalled / measured_seconds,
+        "cpu_pressure": min(100.0, 100 * stalled / measured_seconds) if counted else None,
         "repetitions": repetitions,
         "prompt_tokens": len(prompt),
         "generated_tokens": generated_tokens,
@@ -73,7 +95,8 @@ def measure(
 
 
 def memory() -> dict[str, int]:
-    """Bytes of this process by kind, from the kernel: anonymous, file-backed, and the peak of all."""
+    """Bytes of this process by kind, from ``/proc/self/status``: anonymous (RssAnon), backed by files
+    (RssFile), and the peak of all resident memory (VmHWM)."""
     values = {}
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         name, _, rest = line.partition(":")
@@ -82,18 +105,27 @@ def memory() -> dict[str, int]:
     return values
 
 
-def cpu_stall_seconds() -> float:
-    """Seconds since boot in which some task waited for a CPU (pressure stall information); 0 where the
-    kernel keeps no such count."""
+def forget_peak() -> None:
+    """Sets the peak (VmHWM) to what is resident now: importing libraries is not the file's doing."""
+    # A container may forbid it; the peak then counts the imports too, which only overstates it.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def cpu_stall_seconds() -> float | None:
+    """Seconds since boot in which some task waited for a CPU (the ``some`` total of pressure stall
+    information); None where the kernel keeps no such count."""
     try:
-        line = Path("/proc/pressure/cpu").read_text(encoding="ascii").splitlines()[0]
-    except OSError:
-        return 0.0
-    return int(line.rpartition("total=")[2]) / 1e6
+        lines = Path("/proc/pressure/cpu").read_text(encoding="ascii").splitlines()
+        some = next(line for line in lines if line.startswith("some "))
+        return int(some.rpartition("total=")[2]) / 1e6
+    except (OSError, StopIteration, ValueError):
+        return None
 
 
 def main() -> int:
-    """Reads the request, writes the result; exit code 2 and a sentence on stderr if the file fails to run."""
+    """Reads the request (arguments of ``measure``), writes the result; exit code 2 and a sentence on stderr
+    if the file fails to run."""
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     file = Path(request.pop("file"))
     try:
