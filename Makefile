@@ -32,7 +32,7 @@ $(ENVIRONMENT): pyproject.toml constraints.txt .ci/lean_llama_cpp.cmake export/c
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "martlet: needs Python 3.11 or later; set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	CMAKE_ARGS="$$CMAKE_ARGS $$LLAMA_CPP_LEAN" $(BIN)/pip install --disable-pip-version-check --no-deps --requirement constraints.txt
-	$(BIN)/pip install --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(BIN)/pip install --disable-pip-version-check --no-deps --no-build-isolation --config-settings editable_mode=compat --editable .
 	$(BIN)/pip check --disable-pip-version-check
 	$(BIN)/python -m export.converter
 	touch $@

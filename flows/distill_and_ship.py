@@ -1,0 +1,205 @@
+"""The flow: a teacher and a recipe in, a release folder out. Its body is the list of stages."""
+
+import functools
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+from prefect import flow, get_run_logger, runtime, task
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from pipeline import (
+    bench,
+    chats,
+    distill,
+    exports,
+    hidden_states,
+    instruct,
+    prepare,
+    pretrain,
+    student,
+    teacher,
+    validate,
+)
+from pipeline import release as release_stage
+from pipeline.artifacts import Artifact, Store
+from pipeline.check import check_recipe
+from pipeline.errors import UserError
+from pipeline.recipe import load_recipe
+
+FLOW_NAME = "distill-and-ship"
+DEFAULT_RECIPE = "recipes/smollm2-135m-to-99m.yaml"
+
+
+logger = logging.getLogger("martlet")
+"""Progress, one line at a time: the command line shows it on standard error."""
+
+
+def stage(function: Callable[..., Any], name: str, report: Callable[[str], None]) -> Any:
+    """A stage as a Prefect task that tells when it starts and what it took.
+
+    The store decides what is computed again, so Prefect caches nothing; and a stage fails on bad input or a
+    missed gate, which no retry would mend.
+    """
+
+    @functools.wraps(function)
+    def told(*arguments: Any, **keywords: Any) -> Any:
+        report(f"{name} ...")
+        started = time.monotonic()
+        result = function(*arguments, **keywords)
+        how = "from the store" if getattr(result, "cached", False) else f"{time.monotonic() - started:.1f} s"
+        report(f"{name}: done, {how}")
+        return result
+
+    return task(told, name=name, cache_policy=NO_CACHE, retries=0, persist_result=False)
+
+
+def run_name() -> str:
+    """Name of a flow run: recipe and student."""
+    path = Path(runtime.flow_run.parameters["recipe"])
+    try:
+        return f"{path.stem}: {load_recipe(path).name}"
+    except UserError:
+        # The flow itself says what is wrong with the recipe.
+        return path.stem
+
+
+@flow(
+    name=FLOW_NAME,
+    flow_run_name=run_name,
+    task_runner=ThreadPoolTaskRunner(max_workers=2),  # type: ignore[arg-type]
+    persist_result=False,
+)
+def distill_and_ship(
+    recipe: str = DEFAULT_RECIPE, store: str = "store", release: str = "release"
+) -> dict[str, Any]:
+    """Distils, tunes, exports, proves, measures and lays out a release.
+
+    Args:
+        recipe: path of the recipe, a YAML file.
+        store: folder of finished stages; nothing in it is computed twice.
+        release: where the release is laid out.
+
+    Returns:
+        ``{"release": path, "stages": [{"name", "seconds", "cached"}], "files": [{"file", "bytes", "mean_kl",
+        "decode_tokens_per_s"}]}``.
+
+    Raises:
+        UserError: the recipe or something that it names is wrong.
+        GateFailed: an exported file is no longer the model.
+    """
+    run_logger = get_run_logger()
+
+    def report(line: str) -> None:
+        run_logger.info(line)
+        logger.info(line)
+
+    def step(function: Callable[..., Any], name: str) -> Any:
+        return stage(function, name, report)
+
+    plan = load_recipe(Path(recipe))
+    check_recipe(plan, Path(recipe))
+    shelf = Store(Path(store), report=report)
+    made: dict[str, Artifact] = {}
+
+    made["teacher"] = step(teacher.run, "teacher")(shelf, plan)
+    made["text"] = step(prepare.run, "prepare")(shelf, plan, made["teacher"])
+    made["chats"] = step(chats.run, "chats")(shelf, plan, made["teacher"])
+    made["student"] = step(student.run, "student")(shelf, plan, made["teacher"], made["text"])
+    if plan.teacher.cache == "hidden":
+        made["hidden_states"] = step(hidden_states.run, "hidden states")(
+            shelf, plan, made["teacher"], made["text"]
+        )
+
+    materials = (made["teacher"], made["student"], made["text"], made.get("hidden_states"))
+    made["distill"] = step(distill.run, "distill")(shelf, plan, *materials, plan.distill.objective)
+    if plan.distill.control:
+        made["control"] = step(distill.run, "control")(shelf, plan, *materials, "cross_entropy")
+    base = made["distill"]
+    if plan.pretrain is not None:
+        base = made["pretrain"] = step(pretrain.run, "pretrain")(shelf, plan, base, made["text"])
+    made["instruct"] = step(instruct.run, "instruct")(shelf, plan, made["teacher"], base, made["chats"])
+
+    formats = [name for name in exports.FORMATS if getattr(plan.export, name)]
+    exporting = {}
+    for name in formats:
+        exporting[name] = step(exports.run, f"export {name}").submit(shelf, plan, made["instruct"], name)
+        if not fits_beside(made["instruct"]):
+            exporting[name].wait()
+    made |= {name: future.result() for name, future in exporting.items()}
+    for name in formats:
+        made[f"fidelity_{name}"] = step(validate.run, f"validate {name}")(
+            shelf, plan, made["instruct"], made[name], made["text"], made["chats"]
+        )
+    show_fidelity(made, formats)
+    validate.require_passed([made[f"fidelity_{name}"] for name in formats])
+
+    # One after the other and nothing beside them: they are measured.
+    for name in formats:
+        made[f"device_{name}"] = step(bench.run, f"bench {name}")(shelf, plan, made[name], made["text"])
+    show_device(made, formats)
+
+    stages = [
+        {"name": name, "seconds": round(artifact.seconds, 1), "cached": artifact.cached}
+        for name, artifact in made.items()
+    ]
+    folder = step(release_stage.run, "release")(
+        recipe=plan, artifacts=made, release_root=Path(release), store=shelf, stage_times=stages
+    )
+    create_markdown_artifact(
+        key="release",
+        markdown=f"**{plan.name}** is in [{folder}]({folder.resolve().as_uri()}); "
+        f"[the report]({(folder / 'report.html').resolve().as_uri()}) shows what it is worth.",
+    )
+    speed = {entry["file"]: entry["decode_tokens_per_s"] for entry in rows(made, "device", formats)}
+    files = [
+        {
+            "file": entry["file"],
+            "bytes": entry["bytes"],
+            "mean_kl": entry["mean_kl"],
+            "decode_tokens_per_s": speed.get(entry["file"]),
+        }
+        for entry in rows(made, "fidelity", formats)
+    ]
+    return {"release": str(folder), "stages": stages, "files": files}
+
+
+def fits_beside(instruct: Artifact) -> bool:
+    """Whether memory allows another export beside those that run: each holds the weights a few times over
+    and a gigabyte of libraries."""
+    weights = sum(path.stat().st_size for path in (instruct.path / "model").glob("*.safetensors"))
+    return psutil.virtual_memory().available > 2 * (4 * weights + 2**30)
+
+
+def rows(made: dict[str, Artifact], kind: str, formats: list[str]) -> list[dict[str, Any]]:
+    """The entries of all formats' ``fidelity.json`` or ``device.json``."""
+    return [
+        entry
+        for name in formats
+        for entry in json.loads((made[f"{kind}_{name}"].path / f"{kind}.json").read_text(encoding="utf-8"))
+    ]
+
+
+def show_fidelity(made: dict[str, Artifact], formats: list[str]) -> None:
+    """The fidelity table as a Prefect artifact."""
+    columns = ("file", "quantization", "bytes", "mean_kl", "p99_kl", "same_top", "perplexity_ratio", "passed")
+    table = [{column: entry.get(column) for column in columns} for entry in rows(made, "fidelity", formats)]
+    create_table_artifact(key="fidelity", table=table, description="Each file against the model in torch.")
+
+
+def show_device(made: dict[str, Artifact], formats: list[str]) -> None:
+    """The device table as a Prefect artifact."""
+    columns = ("file", "runtime", "threads", "load_s", "ttft_s", "prefill_tokens_per_s")
+    columns += ("decode_tokens_per_s", "rss_anon_bytes", "rss_file_bytes", "peak_rss_bytes", "reliable")
+    table = [{column: entry.get(column) for column in columns} for entry in rows(made, "device", formats)]
+    create_table_artifact(key="device", table=table, description="Each file on this machine's CPU.")
+
+
+if __name__ == "__main__":
+    print(json.dumps(distill_and_ship(), indent=2))

@@ -1,0 +1,42 @@
+"""What can be known of a recipe before anything runs."""
+
+import importlib.metadata
+from pathlib import Path
+
+from pipeline.errors import UserError
+from pipeline.recipe import Recipe
+
+
+def check_recipe(recipe: Recipe, path: Path) -> None:
+    """Local files, folders and packages that a recipe names are there.
+
+    Args:
+        recipe: the recipe as it was read.
+        path: its file, for the sentence.
+
+    Raises:
+        UserError: one is not; the sentence names recipe and key.
+    """
+    sources = [("data.text.sources", source) for source in recipe.data.text.sources]
+    sources += [("data.chats.sources", source) for source in recipe.data.chats.sources]
+    for key, source in sources:
+        if ":" not in source and not Path(source).exists():
+            raise UserError(f"{path}: {key}: {source}: no such file.")
+    for key, model in (("teacher.model", recipe.teacher.model), ("student.model", recipe.student.model)):
+        if model is None:
+            continue
+        if model.startswith("package:"):
+            package = model.removeprefix("package:")
+            try:
+                importlib.metadata.distribution(package)
+            except importlib.metadata.PackageNotFoundError:
+                raise UserError(
+                    f"{path}: {key}: the package {package} is not installed (pip install {package})."
+                ) from None
+        elif Path(model).is_absolute():
+            if not Path(model).is_dir():
+                raise UserError(f"{path}: {key}: {model} is no folder.")
+            if not list(Path(model).glob("*.safetensors")):
+                raise UserError(
+                    f"{path}: {key}: {model} holds no .safetensors file; martlet reads no pickled weights."
+                )
