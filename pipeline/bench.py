@@ -54,13 +54,12 @@ def run(store: Store, recipe: Recipe, exported: Artifact, text: Artifact) -> Art
                 },
                 work,
             )
-            pressure = measured["cpu_pressure"]
             results.append(
                 {
                     "file": Path(entry["path"]).name,
                     **{key: entry[key] for key in ("format", "quantization", "bytes")},
                     **measured,
-                    "reliable": pressure is not None and pressure <= section.max_cpu_pressure,
+                    "reliable": is_reliable(measured["cpu_pressure"], section.max_cpu_pressure),
                 }
             )
         write_json(output / "device.json", results)
@@ -72,6 +71,12 @@ def run(store: Store, recipe: Recipe, exported: Artifact, text: Artifact) -> Art
         {"exported": exported, "text": text},
         make,
     )
+
+
+def is_reliable(cpu_pressure: float | None, max_cpu_pressure: float) -> bool:
+    """Whether timings can be trusted: tasks waited for a CPU in at most so many per cent of the time; what
+    the kernel does not count (None) cannot be trusted."""
+    return cpu_pressure is not None and cpu_pressure <= max_cpu_pressure
 
 
 def _measure(request: dict[str, Any], work: Path) -> dict[str, Any]:
@@ -94,7 +99,8 @@ def _measure(request: dict[str, Any], work: Path) -> dict[str, Any]:
     if finished.returncode == 0:
         return json.loads(result_file.read_text(encoding="utf-8"))
     lines = [line.strip() for line in finished.stderr.splitlines() if line.strip()]
-    reason = lines[-1].rstrip(".") if lines else "it said nothing"
+    # What a failed assertion says comes first, a trace of the stack follows.
+    reason = lines[0 if finished.returncode < 0 else -1].rstrip(".") if lines else "it said nothing"
     if finished.returncode < 0:
-        reason = f"the process was ended by {signal.Signals(-finished.returncode).name}; {reason}"
+        reason = f"the process was ended by {signal.Signals(-finished.returncode).name}: {reason}"
     raise UserError(f"{Path(request['file']).name}: cannot be measured ({reason}).")

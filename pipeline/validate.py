@@ -223,7 +223,8 @@ def _worker(request: dict[str, Any], folder: Path) -> tuple[str | None, dict[str
     if finished.returncode == 0:
         return None, json.loads(result_file.read_text(encoding="utf-8")) if result_file.exists() else {}
     lines = [line.strip() for line in finished.stderr.splitlines() if line.strip()]
-    said = lines[-1].rstrip(".") if lines else "it said nothing"
     if finished.returncode < 0:
-        return f"the process was ended by {signal.Signals(-finished.returncode).name}; {said}", {}
-    return said, {}
+        # What a failed assertion says comes first, a trace of the stack follows.
+        said = lines[0].rstrip(".") if lines else "it said nothing"
+        return f"the process was ended by {signal.Signals(-finished.returncode).name}: {said}", {}
+    return lines[-1].rstrip(".") if lines else "it said nothing", {}
