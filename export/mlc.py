@@ -1,0 +1,432 @@
+"""MLC folders: quantized weights as ``mlc_llm convert_weight`` writes them, the chat configuration of
+``mlc_llm gen_config``, and a CPU library compiled by the same compiler (apache-tvm).
+
+Weight layout of ``*_1``: a matrix is [N, K], its groups 32 weights along K. In the model's dtype,
+scale = max|w| / 7 and q = clip(round_half_even(w / scale + 7), 0, 14); eight q fill a uint32, lowest first.
+"""
+
+import contextlib
+import io
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export.errors import ExportError
+
+QUANTIZATIONS: dict[str, tuple[str, bool]] = {
+    "q4f32_1": ("float32", True),
+    "q4f16_1": ("float16", True),
+    "q0f32": ("float32", False),
+    "q0f16": ("float16", False),
+}
+"""Names, the model's dtype, and whether matrices are quantized to four bits."""
+
+ATTENTION_NAMES = {"llama": "qkv_proj", "qwen2": "c_attn"}
+"""Model types that can be exported, and MLC's name of their fused attention input."""
+
+PREFILL_CHUNK = 2048
+PLAIN_CONTENTS = ("Hello", " a b ", "", "\n", "x\n\ny", "1 + 2 = 3", "日本語 😀", "<|im_end|>", "{{ x }}")
+
+
+def export_mlc(
+    model_dir: Path,
+    output_dir: Path,
+    name: str,
+    quantization: str = "q4f32_1",
+    *,
+    compile_cpu: bool = True,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Exports a Hugging Face folder to an MLC folder.
+
+    Args:
+        model_dir: folder with safetensors, configuration and tokenizer.
+        output_dir: the folder to make; must not exist or be empty.
+        name: first part of the library's name.
+        quantization: a key of ``QUANTIZATIONS``.
+        compile_cpu: also compile ``libs/NAME-QUANTIZATION-x86_64-cpu.so``.
+        progress: receives one line at the start of each step.
+
+    Returns:
+        ``output_dir`` with params_shard_*.bin, tensor-cache.json, mlc-chat-config.json, the tokenizer's
+        files and ``libs/``.
+
+    Raises:
+        ExportError: the quantization or the model family is not supported, widths are not divisible by 32,
+            or the chat template cannot be said in MLC's terms.
+    """
+    from export.mlc_model import compile_library
+
+    model_dir, output_dir = Path(model_dir), Path(output_dir)
+    if quantization not in QUANTIZATIONS:
+        raise ExportError(
+            f"There is no MLC quantization {quantization!r}; choose from {', '.join(QUANTIZATIONS)}."
+        )
+    if not list(model_dir.glob("*.safetensors")):
+        raise ExportError(f"{model_dir}: no .safetensors file; export a folder with safetensors.")
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise ExportError(f"{output_dir}: is not empty; give a new folder.")
+    architecture = read_architecture(model_dir, quantization)
+    config = chat_config(model_dir, architecture, quantization)
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=".mlc-") as temporary:
+        folder = Path(temporary) / "files"
+        folder.mkdir()
+        progress(f"mlc: writing weights as {quantization}")
+        write_weights(model_dir, folder, architecture)
+        (folder / "mlc-chat-config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        for file in config["tokenizer_files"]:
+            shutil.copy(model_dir / file, folder / file)
+        if compile_cpu:
+            progress(f"mlc: compiling the {quantization} library for x86-64 CPUs")
+            (folder / "libs").mkdir()
+            library = folder / "libs" / f"{name}-{quantization}-x86_64-cpu.so"
+            facts = {"model_type": config["model_type"], "quantization": quantization}
+            compile_library(architecture, library, facts)
+        if output_dir.exists():
+            output_dir.rmdir()
+        folder.rename(output_dir)
+    return output_dir
+
+
+def read_architecture(model_dir: Path, quantization: str) -> Any:
+    """The model's shape as the CPU library needs it, with the true rope theta.
+
+    Raises:
+        ExportError: the family, the rope scaling or a width is not supported.
+    """
+    from export.mlc_model import GROUP, Architecture
+
+    try:
+        config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{model_dir / 'config.json'}: cannot be read ({error}).") from None
+    model_type = config.get("model_type")
+    if model_type not in ATTENTION_NAMES:
+        raise ExportError(
+            f"{model_dir / 'config.json'}: model_type {model_type!r} cannot be exported to MLC; "
+            f"supported are {', '.join(ATTENTION_NAMES)}."
+        )
+    # transformers 5 writes rope_parameters, earlier ones rope_theta and rope_scaling.
+    rope = config.get("rope_parameters") or {
+        "rope_theta": config.get("rope_theta", 10000.0),
+        **(config.get("rope_scaling") or {}),
+    }
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ExportError(f"{model_dir / 'config.json'}: rope scaling {kind!r} cannot be exported to MLC.")
+    if config.get("hidden_act", "silu") != "silu" or config.get("mlp_bias"):
+        raise ExportError(
+            f"{model_dir / 'config.json'}: only silu feed-forward layers without bias go to MLC."
+        )
+    heads = config["num_attention_heads"]
+    architecture = Architecture(
+        layers=config["num_hidden_layers"],
+        hidden_size=config["hidden_size"],
+        intermediate_size=config["intermediate_size"],
+        heads=heads,
+        key_value_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        vocabulary_size=config["vocab_size"],
+        norm_epsilon=config["rms_norm_eps"],
+        rope_theta=float(rope["rope_theta"]),
+        tied=bool(config.get("tie_word_embeddings")),
+        attention_bias=model_type == "qwen2" or bool(config.get("attention_bias")),
+        attention_name=ATTENTION_NAMES[model_type],
+        quantized=QUANTIZATIONS[quantization][1],
+        weight_dtype=QUANTIZATIONS[quantization][0],
+        context_length=config["max_position_embeddings"],
+    )
+    for key in ("hidden_size", "intermediate_size"):
+        if getattr(architecture, key) % GROUP:
+            width = getattr(architecture, key)
+            raise ExportError(f"{model_dir / 'config.json'}: {key} {width} is not divisible by {GROUP}.")
+    if architecture.head_dim % 8:
+        raise ExportError(f"{model_dir / 'config.json'}: head_dim must be divisible by 8.")
+    if model_type == "llama" and architecture.attention_bias:
+        raise ExportError(f"{model_dir / 'config.json'}: attention_bias cannot be exported for Llama models.")
+    return architecture
+
+
+def quantize(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Four-bit groups of 32.
+
+    Args:
+        weight: [N, K] in the model's dtype.
+
+    Returns:
+        Words uint32 [N, K / 8] and scales [N, K / 32] in the model's dtype.
+    """
+    rows, columns = weight.shape
+    groups = weight.reshape(rows, columns // 32, 32)
+    scale = np.abs(groups).max(axis=-1) / weight.dtype.type(7)
+    divisor = np.where(scale == 0, weight.dtype.type(1), scale)[..., None]
+    seven = weight.dtype.type(7)
+    q = np.clip(np.rint(groups / divisor + seven), 0, 14).astype(np.uint32)
+    shifts = np.arange(0, 32, 4, dtype=np.uint32)
+    words = (q.reshape(rows, columns // 8, 8) << shifts).sum(axis=-1, dtype=np.uint32)
+    return words, scale
+
+
+def write_weights(model_dir: Path, folder: Path, architecture: Any) -> None:
+    """Writes params_shard_*.bin and tensor-cache.json, record for record as ``mlc_llm convert_weight``."""
+    from tvm.contrib import tvmjs
+
+    total = {"tensors": 0, "bytes": 0.0, "numbers": 0}
+
+    def records() -> Iterator[tuple[str, np.ndarray]]:
+        for name, array in _weights(model_dir, architecture, total):
+            total["tensors"] += 1
+            total["bytes"] += array.nbytes
+            yield name, array
+
+    def metadata() -> dict[str, float]:
+        return {
+            "ParamSize": total["tensors"],
+            "ParamBytes": total["bytes"],
+            "BitsPerParam": total["bytes"] * 8.0 / total["numbers"],
+        }
+
+    # It prints where it stores what, which is of no interest here.
+    with contextlib.redirect_stdout(io.StringIO()):
+        tvmjs.dump_tensor_cache(
+            records(), str(folder), encode_format="f32-to-bf16", meta_data=metadata, show_progress=False
+        )
+    for name in ("ndarray-cache.json", "tensor-cache-b16.json", "ndarray-cache-b16.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _weights(model_dir: Path, architecture: Any, total: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    import torch
+    from safetensors import safe_open
+
+    files = {}
+    for path in sorted(model_dir.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                files.update(dict.fromkeys(file.keys(), path))
+        except Exception as error:
+            raise ExportError(f"{path}: cannot be read ({error}).") from error
+    dtype = np.dtype(architecture.weight_dtype)
+
+    def read(name: str) -> np.ndarray:
+        if name not in files:
+            raise ExportError(f"{model_dir}: holds no tensor {name}.")
+        with safe_open(files[name], "pt") as file:
+            return file.get_tensor(name).to(torch.float32).numpy().astype(dtype)
+
+    def emit(name: str, value: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        total["numbers"] += value.size
+        if value.ndim == 1 or not architecture.quantized:
+            yield name, value
+            return
+        words, scale = quantize(value)
+        yield name.removesuffix(".weight") + ".q_weight", words
+        yield name.removesuffix(".weight") + ".q_scale", scale
+
+    def joined(names: Sequence[str]) -> np.ndarray:
+        return np.concatenate([read(name) for name in names])
+
+    if not architecture.tied:
+        yield from emit("lm_head.weight", read("lm_head.weight"))
+    yield from emit("model.embed_tokens.weight", read("model.embed_tokens.weight"))
+    for number in range(architecture.layers):
+        prefix = f"model.layers.{number}"
+        attention = f"{prefix}.self_attn.{architecture.attention_name}"
+        queries = [f"{prefix}.self_attn.{part}_proj" for part in "qkv"]
+        yield from emit(f"{prefix}.input_layernorm.weight", read(f"{prefix}.input_layernorm.weight"))
+        yield from emit(f"{prefix}.mlp.down_proj.weight", read(f"{prefix}.mlp.down_proj.weight"))
+        yield from emit(
+            f"{prefix}.mlp.gate_up_proj.weight",
+            joined([f"{prefix}.mlp.{part}_proj.weight" for part in ("gate", "up")]),
+        )
+        name = f"{prefix}.post_attention_layernorm.weight"
+        yield from emit(name, read(name))
+        if architecture.attention_bias:
+            yield from emit(f"{attention}.bias", joined([f"{part}.bias" for part in queries]))
+        yield from emit(f"{attention}.weight", joined([f"{part}.weight" for part in queries]))
+        name = f"{prefix}.self_attn.o_proj.weight"
+        yield from emit(name, read(name))
+    yield from emit("model.norm.weight", read("model.norm.weight"))
+
+
+def chat_config(model_dir: Path, architecture: Any, quantization: str) -> dict[str, Any]:
+    """``mlc-chat-config.json``: what MLC's engine and WebLLM read beside the weights."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    generation_file = model_dir / "generation_config.json"
+    generation = json.loads(generation_file.read_text(encoding="utf-8")) if generation_file.is_file() else {}
+    ends = generation.get("eos_token_id", config.get("eos_token_id"))
+    ends = sorted(ends) if isinstance(ends, list) else [ends]
+    chunk = min(PREFILL_CHUNK, architecture.context_length)
+    files = [
+        file
+        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+        if (model_dir / file).is_file()
+    ]
+    if "tokenizer.json" not in files:
+        raise ExportError(f"{model_dir}: holds no tokenizer.json, which MLC needs.")
+    return {
+        "version": "0.1.0",
+        "model_type": config["model_type"],
+        "quantization": quantization,
+        "model_config": {
+            "hidden_size": architecture.hidden_size,
+            "intermediate_size": architecture.intermediate_size,
+            "num_attention_heads": architecture.heads,
+            "num_hidden_layers": architecture.layers,
+            "rms_norm_eps": architecture.norm_epsilon,
+            "vocab_size": architecture.vocabulary_size,
+            "tie_word_embeddings": architecture.tied,
+            "position_embedding_base": architecture.rope_theta,
+            "rope_scaling": None,
+            "context_window_size": architecture.context_length,
+            "prefill_chunk_size": chunk,
+            "num_key_value_heads": architecture.key_value_heads,
+            "head_dim": architecture.head_dim,
+            "tensor_parallel_shards": 1,
+            "pipeline_parallel_stages": 1,
+            "max_batch_size": 128,
+            "disaggregation": False,
+        },
+        "vocab_size": architecture.vocabulary_size,
+        "context_window_size": architecture.context_length,
+        "sliding_window_size": -1,
+        "prefill_chunk_size": chunk,
+        "attention_sink_size": -1,
+        "tensor_parallel_shards": 1,
+        "pipeline_parallel_stages": 1,
+        "active_vocab_size": len(tokenizer),
+        "temperature": generation.get("temperature", 1.0),
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": generation.get("repetition_penalty", 1.0),
+        "top_p": generation.get("top_p", 1.0),
+        "tokenizer_files": files,
+        "tokenizer_info": {
+            "token_postproc_method": "byte_level",
+            "prepend_space_in_encode": False,
+            "strip_space_in_decode": False,
+        },
+        "conv_template": conversation_template(tokenizer, [int(end) for end in ends if end is not None]),
+        "pad_token_id": _first(config.get("pad_token_id"), generation.get("pad_token_id"), 0),
+        "bos_token_id": _first(config.get("bos_token_id"), tokenizer.bos_token_id, 0),
+        "eos_token_id": ends[0] if len(ends) == 1 else ends,
+        "model_task": "chat",
+        "embedding_metadata": None,
+    }
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def conversation_template(tokenizer: Any, end_of_turn_ids: Sequence[int]) -> dict[str, Any]:
+    """MLC's ``conv_template`` for a model's own chat template.
+
+    The template is probed with marked messages, and what stands between the marks becomes MLC's headers and
+    separators. The result is then proven: it must render a set of conversations to the same text.
+
+    Args:
+        tokenizer: a `transformers` tokenizer with a chat template.
+        end_of_turn_ids: tokens that end a turn.
+
+    Raises:
+        ExportError: the template cannot be said in MLC's terms.
+    """
+    if not tokenizer.chat_template:
+        raise ExportError("The tokenizer has no chat template, so the model cannot chat in MLC.")
+
+    def render(messages: list[tuple[str, str]], prompt: bool = False) -> str:
+        turns = [{"role": role, "content": content} for role, content in messages]
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
+
+    refused = ExportError("The chat template cannot be said in MLC's conv_template.")
+    s, u, a, v = "zsystemz", "zfirstz", "zanswerz", "zsecondz"
+    try:
+        user_separator = render([("user", u)]).split(u)[1]
+        assistant_prompt = render([("user", u)], True).split(u)[1].removeprefix(user_separator)
+        talk = render([("user", u), ("assistant", a), ("user", v)])
+        assistant_header = talk.split(u)[1].split(a)[0].removeprefix(user_separator)
+        assistant_separator = render([("user", u), ("assistant", a)]).split(a)[1]
+        user_header = talk.split(a)[1].split(v)[0].removeprefix(assistant_separator)
+        prefix = render([("user", u)]).split(u)[0].removesuffix(user_header)
+    except IndexError:
+        raise refused from None
+    try:
+        system = render([("system", s), ("user", u)]).split(u)[0].removesuffix(user_header)
+        before_system, after_system = system.split(s)
+    except Exception:  # a template may refuse system messages in its own way
+        before_system, after_system = prefix, ""
+    system_message = ""
+    if prefix and prefix.startswith(before_system) and prefix.endswith(after_system):
+        system_message = prefix[len(before_system) : len(prefix) - len(after_system)]
+    elif prefix:
+        raise refused
+    content_separator = "\n" if user_header.endswith("\n") and assistant_header.endswith("\n") else ""
+    assistant_role = assistant_header.removesuffix(content_separator)
+    if not assistant_prompt.startswith(assistant_role):
+        raise refused
+    one = user_separator == assistant_separator
+    template = {
+        "name": "custom",
+        "system_template": f"{before_system}{{system_message}}{after_system}",
+        "system_message": system_message,
+        "system_prefix_token_ids": None,
+        "add_role_after_system_message": True,
+        "roles": {"user": user_header.removesuffix(content_separator), "assistant": assistant_role},
+        "role_templates": {
+            "user": "{user_message}",
+            "assistant": "{assistant_message}",
+            "tool": "{tool_message}",
+        },
+        "messages": [],
+        "seps": [user_separator] if one else [user_separator, assistant_separator],
+        "role_content_sep": content_separator,
+        "role_empty_sep": assistant_prompt.removeprefix(assistant_role),
+        "stop_str": [tokenizer.convert_ids_to_tokens(end) for end in end_of_turn_ids],
+        "stop_token_ids": list(end_of_turn_ids),
+        "strip_reasoning_in_history": False,
+        "function_string": "",
+        "use_function_calling": False,
+    }
+    for content in PLAIN_CONTENTS:
+        for turns in (
+            [("user", content)],
+            [("user", content), ("assistant", content), ("user", content)],
+        ):
+            for prompt in (False, True):
+                messages = [{"role": role, "content": text} for role, text in turns]
+                if render_conversation(template, messages, prompt) != render(turns, prompt):
+                    raise refused
+    return template
+
+
+def render_conversation(template: dict[str, Any], messages: Sequence[dict[str, Any]], prompt: bool) -> str:
+    """Text of a conversation as MLC's engine makes it of ``conv_template``."""
+    system_message = template["system_message"]
+    turns = list(messages)
+    if turns and turns[0]["role"] == "system":
+        system_message = turns.pop(0)["content"]
+        has_system = True
+    else:
+        has_system = bool(system_message)
+    text = template["system_template"].replace("{system_message}", system_message) if has_system else ""
+    separators = template["seps"]
+    for turn in turns:
+        role = turn["role"]
+        if role not in template["roles"]:
+            raise ExportError(f"MLC's conv_template has no role {role!r} after the first message.")
+        content = template["role_templates"][role].replace(f"{{{role}_message}}", turn["content"])
+        separator = separators[0] if role == "user" else separators[-1]
+        text += template["roles"][role] + template["role_content_sep"] + content + separator
+    if prompt:
+        text += template["roles"]["assistant"] + template["role_empty_sep"]
+    return text

@@ -1,0 +1,587 @@
+"""The CPU library of an MLC folder: a decoder-only transformer as TensorIR kernels, called from Relax.
+
+Shapes: T tokens of a call, C capacity of the cache, H hidden width, Q and G query and key-value heads, D
+width of a head, N and K output and input width of a matrix.
+
+``decode`` is called with one token and uses matrix-vector kernels whose eight lanes are the eight nibbles of
+a word. ``prefill`` and ``forward`` take any number of tokens and use a blocked kernel that dequantizes a
+panel of sixteen rows once and multiplies four tokens at a time.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm import ir, relax, tirx
+from tvm.script import tirx as T
+
+GROUP = 32
+"""Weights that share a scale."""
+PANEL = 16
+"""Rows of a matrix that the blocked kernel holds dequantized."""
+TOKENS = 4
+"""Tokens that the blocked kernel multiplies at a time."""
+TARGET = {"kind": "llvm", "mcpu": "x86-64-v3"}
+"""AVX2 and FMA: every x86-64 of the last ten years, whatever machine compiles."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the kernels need to know of a model. ``rope_theta`` is the true base of the rotary embedding."""
+
+    layers: int
+    hidden_size: int
+    intermediate_size: int
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    vocabulary_size: int
+    norm_epsilon: float
+    rope_theta: float
+    tied: bool
+    attention_bias: bool
+    attention_name: str  # "qkv_proj" (Llama) or "c_attn" (Qwen2)
+    quantized: bool
+    weight_dtype: str  # "float32" or "float16": of scales, norms and unquantized matrices
+    context_length: int
+
+
+def compile_library(architecture: Architecture, path: Path, metadata: dict[str, Any]) -> None:
+    """Compiles the model for x86-64 CPUs and writes a shared library.
+
+    Args:
+        architecture: the model's.
+        path: the ``.so`` file to write.
+        metadata: returned by the library's ``_metadata`` function as JSON, after the architecture.
+    """
+    module = build_module(architecture, metadata)
+    executable = relax.build(module, target=tvm.target.Target(TARGET), relax_pipeline=_pipeline())
+    executable.export_library(str(path))
+
+
+def parameter_names(architecture: Architecture) -> list[str]:
+    """Names of the parameters in the order in which the library's functions take them: that of MLC's own
+    weights, head first, then embedding, layers and final norm."""
+    return [name for name, _, _ in _parameters(architecture)]
+
+
+def _pipeline() -> Any:
+    # Every kernel is scheduled by hand, so only what turns Relax into VM code is left to do.
+    from tvm.relax.backend.cpu_generic.pipeline import dataflow_lower_passes, finalize_passes
+
+    target = tvm.target.Target(TARGET)
+    return tvm.ir.transform.Sequential([*dataflow_lower_passes(target), *finalize_passes(target)])
+
+
+def _parameters(a: Architecture) -> list[tuple[str, tuple[int, ...], str]]:
+    def matrix(name: str, rows: int, columns: int) -> list[tuple[str, tuple[int, ...], str]]:
+        if not a.quantized:
+            return [(f"{name}.weight", (rows, columns), a.weight_dtype)]
+        return [
+            (f"{name}.q_weight", (rows, columns // 8), "uint32"),
+            (f"{name}.q_scale", (rows, columns // GROUP), a.weight_dtype),
+        ]
+
+    qkv = (a.heads + 2 * a.key_value_heads) * a.head_dim
+    found = [] if a.tied else matrix("lm_head", a.vocabulary_size, a.hidden_size)
+    found += matrix("model.embed_tokens", a.vocabulary_size, a.hidden_size)
+    for number in range(a.layers):
+        prefix = f"model.layers.{number}"
+        found.append((f"{prefix}.input_layernorm.weight", (a.hidden_size,), a.weight_dtype))
+        found += matrix(f"{prefix}.mlp.down_proj", a.hidden_size, a.intermediate_size)
+        found += matrix(f"{prefix}.mlp.gate_up_proj", 2 * a.intermediate_size, a.hidden_size)
+        found.append((f"{prefix}.post_attention_layernorm.weight", (a.hidden_size,), a.weight_dtype))
+        if a.attention_bias:
+            found.append((f"{prefix}.self_attn.{a.attention_name}.bias", (qkv,), a.weight_dtype))
+        found += matrix(f"{prefix}.self_attn.{a.attention_name}", qkv, a.hidden_size)
+        found += matrix(f"{prefix}.self_attn.o_proj", a.hidden_size, a.heads * a.head_dim)
+    found.append(("model.norm.weight", (a.hidden_size,), a.weight_dtype))
+    return found
+
+
+def build_module(a: Architecture, metadata: dict[str, Any]) -> tvm.IRModule:
+    """The Relax module with ``forward`` (logits of all positions), ``prefill`` (of the last), ``decode`` and
+    ``_metadata``.
+
+    Each takes input_ids int32 [T], position int64 [1] (tokens already in the cache), the key and value
+    caches float32 [C, G, D] of every layer (written in place), then the parameters.
+    """
+    builder = relax.BlockBuilder()
+    for name, single, every in (("forward", False, True), ("prefill", False, False), ("decode", True, False)):
+        _emit_function(builder, a, name, single, every)
+    with builder.function("_metadata", []):
+        names = parameter_names(a)
+        text = json.dumps({**metadata, "architecture": asdict(a), "parameters": names})
+        builder.emit_func_output(builder.emit(ir.StringImm(text)))
+    return builder.finalize()
+
+
+def _emit_function(
+    builder: relax.BlockBuilder, a: Architecture, name: str, single: bool, every_position: bool
+) -> None:
+    tokens: Any = 1 if single else tirx.Var("tokens", "int64")
+    capacity = tirx.Var("capacity", "int64")
+
+    def tensor(shape: list[Any], dtype: str) -> relax.TensorType:
+        return relax.TensorType([T.int64(s) if isinstance(s, int) else s for s in shape], dtype)
+
+    input_ids = relax.Var("input_ids", tensor([tokens], "int32"))
+    position = relax.Var("position", tensor([1], "int64"))
+    cache_type = tensor([capacity, a.key_value_heads, a.head_dim], "float32")
+    caches = [
+        relax.Var(f"{kind}_cache_{number}", cache_type)
+        for number in range(a.layers)
+        for kind in ("key", "value")
+    ]
+    parameters = [
+        relax.Var(name.replace(".", "_"), tensor(list(shape), dtype)) for name, shape, dtype in _parameters(a)
+    ]
+    by_name = dict(zip(parameter_names(a), parameters, strict=True))
+
+    def call(kernel: tirx.PrimFunc, kernel_name: str, arguments: list[Any], shape: list[Any]) -> relax.Var:
+        function = builder.add_func(kernel, kernel_name)
+        return builder.emit(relax.call_tir(function, arguments, tensor(shape, "float32")))
+
+    def multiply(x: relax.Var, name: str, rows: int, columns: int, count: Any) -> relax.Var:
+        kernel = (vector_kernel if isinstance(count, int) else blocked_kernel)(
+            rows, columns, a.quantized, a.weight_dtype
+        )
+        weights = ["q_weight", "q_scale"] if a.quantized else ["weight"]
+        return call(kernel, "multiply", [x, *(by_name[f"{name}.{w}"] for w in weights)], [count, rows])
+
+    def norm(x: relax.Var, name: str, count: Any) -> relax.Var:
+        kernel = norm_kernel(a.hidden_size, a.norm_epsilon, a.weight_dtype)
+        return call(kernel, "rms_norm", [x, by_name[name]], [count, a.hidden_size])
+
+    qkv_width = (a.heads + 2 * a.key_value_heads) * a.head_dim
+    head = "model.embed_tokens" if a.tied else "lm_head"
+    with builder.function(name, [input_ids, position, *caches, *parameters]):
+        embedding = [
+            by_name[f"model.embed_tokens.{w}"]
+            for w in (["q_weight", "q_scale"] if a.quantized else ["weight"])
+        ]
+        x = call(
+            embedding_kernel(a.vocabulary_size, a.hidden_size, a.quantized, a.weight_dtype),
+            "embed",
+            [input_ids, *embedding],
+            [tokens, a.hidden_size],
+        )
+        for number in range(a.layers):
+            prefix = f"model.layers.{number}"
+            y = norm(x, f"{prefix}.input_layernorm.weight", tokens)
+            attention = f"{prefix}.self_attn.{a.attention_name}"
+            qkv = multiply(y, attention, qkv_width, a.hidden_size, tokens)
+            if a.attention_bias:
+                kernel = bias_kernel(qkv_width, a.weight_dtype)
+                qkv = call(kernel, "add_bias", [qkv, by_name[f"{attention}.bias"]], [tokens, qkv_width])
+            keys, values = caches[2 * number], caches[2 * number + 1]
+            q = call(
+                rope_kernel(a), "rope_and_store", [qkv, position, keys, values], [tokens, a.heads, a.head_dim]
+            )
+            y = call(
+                attention_kernel(a), "attention", [q, position, keys, values], [tokens, a.heads * a.head_dim]
+            )
+            y = multiply(y, f"{prefix}.self_attn.o_proj", a.hidden_size, a.heads * a.head_dim, tokens)
+            x = call(add_kernel(a.hidden_size), "add", [x, y], [tokens, a.hidden_size])
+            y = norm(x, f"{prefix}.post_attention_layernorm.weight", tokens)
+            y = multiply(y, f"{prefix}.mlp.gate_up_proj", 2 * a.intermediate_size, a.hidden_size, tokens)
+            y = call(gate_kernel(a.intermediate_size), "silu_gate", [y], [tokens, a.intermediate_size])
+            y = multiply(y, f"{prefix}.mlp.down_proj", a.hidden_size, a.intermediate_size, tokens)
+            x = call(add_kernel(a.hidden_size), "add", [x, y], [tokens, a.hidden_size])
+        count = tokens
+        if not every_position:
+            count = 1
+            if not single:
+                x = call(last_kernel(a.hidden_size), "last", [x], [1, a.hidden_size])
+        x = norm(x, "model.norm.weight", count)
+        builder.emit_func_output(multiply(x, head, a.vocabulary_size, a.hidden_size, count))
+
+
+def vector_kernel(rows: int, columns: int, quantized: bool, dtype: str) -> tirx.PrimFunc:
+    """y[1, N] = x[1, K] W[N, K]^T."""
+    if not quantized:
+
+        @T.prim_func(private=True, s_tir=True)
+        def plain(
+            x: T.Buffer((1, columns), "float32"),
+            weight: T.Buffer((rows, columns), dtype),
+            y: T.Buffer((1, rows), "float32"),
+        ):
+            T.func_attr({"tirx.is_scheduled": True, "op_pattern": 8, "tirx.noalias": True})
+            for row in T.parallel(rows):
+                with T.sblock("row"):
+                    T.reads()
+                    T.writes()
+                    total = T.alloc_buffer((8,), "float32")
+                    for lane in T.vectorized(8):
+                        total[lane] = T.float32(0)
+                    for k in range(columns // 8):
+                        for lane in T.vectorized(8):
+                            total[lane] = total[lane] + x[0, k * 8 + lane] * T.Cast(
+                                "float32", weight[row, k * 8 + lane]
+                            )
+                    y[0, row] = (
+                        total[0] + total[1] + total[2] + total[3] + total[4] + total[5] + total[6] + total[7]
+                    )
+
+        return plain
+
+    @T.prim_func(private=True, s_tir=True)
+    def four_bit(
+        x: T.Buffer((1, columns), "float32"),
+        weight: T.Buffer((rows, columns // 8), "uint32"),
+        scale: T.Buffer((rows, columns // 32), dtype),
+        y: T.Buffer((1, rows), "float32"),
+    ):
+        T.func_attr({"tirx.is_scheduled": True, "op_pattern": 8, "tirx.noalias": True})
+        for row in T.parallel(rows):
+            with T.sblock("row"):
+                T.reads()
+                T.writes()
+                total = T.alloc_buffer((8,), "float32")
+                group = T.alloc_buffer((8,), "float32")
+                for lane in T.vectorized(8):
+                    total[lane] = T.float32(0)
+                for g in range(columns // 32):
+                    for lane in T.vectorized(8):
+                        group[lane] = T.float32(0)
+                    for word in T.unroll(4):
+                        for lane in T.vectorized(8):
+                            group[lane] = group[lane] + x[0, g * 32 + word * 8 + lane] * T.Cast(
+                                "float32",
+                                T.Cast(
+                                    "int32",
+                                    T.bitwise_and(
+                                        T.shift_right(weight[row, g * 4 + word], T.Cast("uint32", lane * 4)),
+                                        T.uint32(15),
+                                    ),
+                                )
+                                - 7,
+                            )
+                    for lane in T.vectorized(8):
+                        total[lane] = total[lane] + group[lane] * T.Cast("float32", scale[row, g])
+                y[0, row] = (
+                    total[0] + total[1] + total[2] + total[3] + total[4] + total[5] + total[6] + total[7]
+                )
+
+    return four_bit
+
+
+def blocked_kernel(rows: int, columns: int, quantized: bool, dtype: str) -> tirx.PrimFunc:
+    """y[T, N] = x[T, K] W[N, K]^T, panels of 16 rows by 4 tokens."""
+    panels = -(-rows // PANEL)
+    if not quantized:
+
+        @T.prim_func(private=True, s_tir=True)
+        def plain(x_handle: T.handle, weight: T.Buffer((rows, columns), dtype), y_handle: T.handle):
+            T.func_attr({"tirx.is_scheduled": True, "op_pattern": 8, "tirx.noalias": True})
+            tokens = T.int64()
+            x = T.match_buffer(x_handle, (tokens, columns), "float32")
+            y = T.match_buffer(y_handle, (tokens, rows), "float32")
+            for panel in T.parallel(panels):
+                with T.sblock("panel"):
+                    T.reads()
+                    T.writes()
+                    w = T.alloc_buffer((columns, 16), "float32")
+                    total = T.alloc_buffer((4, 16), "float32")
+                    for column, k in T.grid(16, columns):
+                        w[k, column] = T.Cast("float32", weight[T.min(panel * 16 + column, rows - 1), k])
+                    for block in range((tokens + 3) // 4):
+                        for r in T.unroll(4):
+                            for c in T.vectorized(16):
+                                total[r, c] = T.float32(0)
+                        for k in range(columns):
+                            for r in T.unroll(4):
+                                for c in T.vectorized(16):
+                                    total[r, c] = (
+                                        total[r, c] + x[T.min(block * 4 + r, tokens - 1), k] * w[k, c]
+                                    )
+                        for r, c in T.grid(4, 16):
+                            if block * 4 + r < tokens and panel * 16 + c < rows:
+                                y[block * 4 + r, panel * 16 + c] = total[r, c]
+
+        return plain
+
+    @T.prim_func(private=True, s_tir=True)
+    def four_bit(
+        x_handle: T.handle,
+        weight: T.Buffer((rows, columns // 8), "uint32"),
+        scale: T.Buffer((rows, columns // 32), dtype),
+        y_handle: T.handle,
+    ):
+        T.func_attr({"tirx.is_scheduled": True, "op_pattern": 8, "tirx.noalias": True})
+        tokens = T.int64()
+        x = T.match_buffer(x_handle, (tokens, columns), "float32")
+        y = T.match_buffer(y_handle, (tokens, rows), "float32")
+        for panel in T.parallel(panels):
+            with T.sblock("panel"):
+                T.reads()
+                T.writes()
+                w = T.alloc_buffer((columns, 16), "float32")
+                total = T.alloc_buffer((4, 16), "float32")
+                for column, word, lane in T.grid(16, columns // 8, 8):
+                    w[word * 8 + lane, column] = T.Cast(
+                        "float32",
+                        T.Cast(
+                            "int32",
+                            T.bitwise_and(
+                                T.shift_right(
+                                    weight[T.min(panel * 16 + column, rows - 1), word],
+                                    T.Cast("uint32", lane * 4),
+                                ),
+                                T.uint32(15),
+                            ),
+                        )
+                        - 7,
+                    ) * T.Cast("float32", scale[T.min(panel * 16 + column, rows - 1), word // 4])
+                for block in range((tokens + 3) // 4):
+                    for r in T.unroll(4):
+                        for c in T.vectorized(16):
+                            total[r, c] = T.float32(0)
+                    for k in range(columns):
+                        for r in T.unroll(4):
+                            for c in T.vectorized(16):
+                                total[r, c] = total[r, c] + x[T.min(block * 4 + r, tokens - 1), k] * w[k, c]
+                    for r, c in T.grid(4, 16):
+                        if block * 4 + r < tokens and panel * 16 + c < rows:
+                            y[block * 4 + r, panel * 16 + c] = total[r, c]
+
+    return four_bit
+
+
+def embedding_kernel(rows: int, columns: int, quantized: bool, dtype: str) -> tirx.PrimFunc:
+    """y[T, H] = rows of the embedding."""
+    if not quantized:
+
+        @T.prim_func(private=True, s_tir=True)
+        def plain(ids_handle: T.handle, weight: T.Buffer((rows, columns), dtype), y_handle: T.handle):
+            T.func_attr({"tirx.is_scheduled": True, "op_pattern": 8, "tirx.noalias": True})
+            tokens = T.int64()
+            ids = T.match_buffer(ids_handle, (tokens,), "int32")
+            y = T.match_buffer(y_handle, (tokens, columns), "float32")
+            for i, k in T.grid(tokens, columns):
+                y[i, k] = T.Cast("float32", weight[T.Cast("int64", ids[i]), k])
+
+        return plain
+
+    @T.prim_func(private=True, s_tir=True)
+    def four_bit(
+        ids_handle: T.handle,
+        weight: T.Buffer((rows, columns // 8), "uint32"),
+        scale: T.Buffer((rows, columns // 32), dtype),
+        y_handle: T.handle,
+    ):
+        T.func_attr({"tirx.is_scheduled": True, "op_pattern": 8, "tirx.noalias": True})
+        tokens = T.int64()
+        ids = T.match_buffer(ids_handle, (tokens,), "int32")
+        y = T.match_buffer(y_handle, (tokens, columns), "float32")
+        for i, word, lane in T.grid(tokens, columns // 8, 8):
+            y[i, word * 8 + lane] = T.Cast(
+                "float32",
+                T.Cast(
+                    "int32",
+                    T.bitwise_and(
+                        T.shift_right(weight[T.Cast("int64", ids[i]), word], T.Cast("uint32", lane * 4)),
+                        T.uint32(15),
+                    ),
+                )
+                - 7,
+            ) * T.Cast("float32", scale[T.Cast("int64", ids[i]), word // 4])
+
+    return four_bit
+
+
+def norm_kernel(columns: int, epsilon: float, dtype: str) -> tirx.PrimFunc:
+    """y = x / sqrt(mean(x^2) + epsilon) * weight, row by row."""
+
+    @T.prim_func(private=True, s_tir=True)
+    def kernel(x_handle: T.handle, weight: T.Buffer((columns,), dtype), y_handle: T.handle):
+        T.func_attr({"tirx.is_scheduled": True, "op_pattern": 8, "tirx.noalias": True})
+        tokens = T.int64()
+        x = T.match_buffer(x_handle, (tokens, columns), "float32")
+        y = T.match_buffer(y_handle, (tokens, columns), "float32")
+        for i in range(tokens):
+            with T.sblock("row"):
+                T.reads()
+                T.writes()
+                total = T.alloc_buffer((1,), "float32")
+                total[0] = T.float32(0)
+                for k in range(columns):
+                    total[0] = total[0] + x[i, k] * x[i, k]
+                total[0] = T.float32(1) / T.sqrt(total[0] / T.float32(columns) + T.float32(epsilon))
+                for k in range(columns):
+                    y[i, k] = x[i, k] * total[0] * T.Cast("float32", weight[k])
+
+    return kernel
+
+
+def bias_kernel(columns: int, dtype: str) -> tirx.PrimFunc:
+    """y = x + bias."""
+
+    @T.prim_func(private=True, s_tir=True)
+    def kernel(x_handle: T.handle, bias: T.Buffer((columns,), dtype), y_handle: T.handle):
+        T.func_attr({"tirx.is_scheduled": True, "op_pattern": 8, "tirx.noalias": True})
+        tokens = T.int64()
+        x = T.match_buffer(x_handle, (tokens, columns), "float32")
+        y = T.match_buffer(y_handle, (tokens, columns), "float32")
+        for i, k in T.grid(tokens, columns):
+            y[i, k] = x[i, k] + T.Cast("float32", bias[k])
+
+    return kernel
+
+
+def add_kernel(columns: int) -> tirx.PrimFunc:
+    """z = x + y."""
+
+    @T.prim_func(private=True, s_tir=True)
+    def kernel(x_handle: T.handle, y_handle: T.handle, z_handle: T.handle):
+        T.func_attr({"tirx.is_scheduled": True, "op_pattern": 8, "tirx.noalias": True})
+        tokens = T.int64()
+        x = T.match_buffer(x_handle, (tokens, columns), "float32")
+        y = T.match_buffer(y_handle, (tokens, columns), "float32")
+        z = T.match_buffer(z_handle, (tokens, columns), "float32")
+        for i, k in T.grid(tokens, columns):
+            z[i, k] = x[i, k] + y[i, k]
+
+    return kernel
+
+
+def gate_kernel(columns: int) -> tirx.PrimFunc:
+    """z = silu(gate) * up, of x = [gate, up]."""
+
+    @T.prim_func(private=True, s_tir=True)
+    def kernel(x_handle: T.handle, z_handle: T.handle):
+        T.func_attr({"tirx.is_scheduled": True, "op_pattern": 8, "tirx.noalias": True})
+        tokens = T.int64()
+        x = T.match_buffer(x_handle, (tokens, columns * 2), "float32")
+        z = T.match_buffer(z_handle, (tokens, columns), "float32")
+        for i, k in T.grid(tokens, columns):
+            z[i, k] = x[i, k] / (T.float32(1) + T.exp(T.float32(0) - x[i, k])) * x[i, columns + k]
+
+    return kernel
+
+
+def last_kernel(columns: int) -> tirx.PrimFunc:
+    """The last row."""
+
+    @T.prim_func(private=True, s_tir=True)
+    def kernel(x_handle: T.handle, y: T.Buffer((1, columns), "float32")):
+        T.func_attr({"tirx.is_scheduled": True, "op_pattern": 8, "tirx.noalias": True})
+        tokens = T.int64()
+        x = T.match_buffer(x_handle, (tokens, columns), "float32")
+        for k in range(columns):
+            y[0, k] = x[tokens - 1, k]
+
+    return kernel
+
+
+def rope_kernel(a: Architecture) -> tirx.PrimFunc:
+    """Rotates queries and keys by their positions (halves of a head are the pairs, as in Hugging Face's
+    models), writes keys and values into the caches, returns the queries."""
+    heads, groups, dim, theta = a.heads, a.key_value_heads, a.head_dim, a.rope_theta
+    half = dim // 2
+    width = (heads + 2 * groups) * dim
+
+    @T.prim_func(private=True, s_tir=True)
+    def kernel(
+        qkv_handle: T.handle,
+        position: T.Buffer((1,), "int64"),
+        key_handle: T.handle,
+        value_handle: T.handle,
+        q_handle: T.handle,
+    ):
+        T.func_attr({"tirx.is_scheduled": True, "op_pattern": 8})
+        tokens, capacity = T.int64(), T.int64()
+        qkv = T.match_buffer(qkv_handle, (tokens, width), "float32")
+        keys = T.match_buffer(key_handle, (capacity, groups, dim), "float32")
+        values = T.match_buffer(value_handle, (capacity, groups, dim), "float32")
+        q = T.match_buffer(q_handle, (tokens, heads, dim), "float32")
+        for i in range(tokens):
+            for k in range(half):
+                with T.sblock("pair"):
+                    T.reads()
+                    T.writes()
+                    turn = T.alloc_buffer((2,), "float32")
+                    angle = T.alloc_buffer((1,), "float64")
+                    angle[0] = T.Cast("float64", position[0] + i) * T.pow(
+                        T.float64(theta), T.Cast("float64", k) * T.float64(-2.0 / dim)
+                    )
+                    turn[0] = T.Cast("float32", T.cos(angle[0]))
+                    turn[1] = T.Cast("float32", T.sin(angle[0]))
+                    for h in range(heads):
+                        q[i, h, k] = qkv[i, h * dim + k] * turn[0] - qkv[i, h * dim + half + k] * turn[1]
+                        q[i, h, half + k] = (
+                            qkv[i, h * dim + half + k] * turn[0] + qkv[i, h * dim + k] * turn[1]
+                        )
+                    for h in range(groups):
+                        keys[position[0] + i, h, k] = (
+                            qkv[i, (heads + h) * dim + k] * turn[0]
+                            - qkv[i, (heads + h) * dim + half + k] * turn[1]
+                        )
+                        keys[position[0] + i, h, half + k] = (
+                            qkv[i, (heads + h) * dim + half + k] * turn[0]
+                            + qkv[i, (heads + h) * dim + k] * turn[1]
+                        )
+            for h, k in T.grid(groups, dim):
+                values[position[0] + i, h, k] = qkv[i, (heads + groups + h) * dim + k]
+
+    return kernel
+
+
+def attention_kernel(a: Architecture) -> tirx.PrimFunc:
+    """Causal attention of T queries over the cache, softmax in float32."""
+    heads, groups, dim = a.heads, a.key_value_heads, a.head_dim
+    repeat = heads // groups
+    scale = dim**-0.5
+
+    @T.prim_func(private=True, s_tir=True)
+    def kernel(
+        q_handle: T.handle,
+        position: T.Buffer((1,), "int64"),
+        key_handle: T.handle,
+        value_handle: T.handle,
+        y_handle: T.handle,
+    ):
+        T.func_attr({"tirx.is_scheduled": True, "op_pattern": 8, "tirx.noalias": True})
+        tokens, capacity = T.int64(), T.int64()
+        q = T.match_buffer(q_handle, (tokens, heads, dim), "float32")
+        keys = T.match_buffer(key_handle, (capacity, groups, dim), "float32")
+        values = T.match_buffer(value_handle, (capacity, groups, dim), "float32")
+        y = T.match_buffer(y_handle, (tokens, heads * dim), "float32")
+        for ih in T.parallel(tokens * heads):
+            with T.sblock("query"):
+                T.reads()
+                T.writes()
+                score = T.alloc_buffer((capacity,), "float32")
+                lanes = T.alloc_buffer((8,), "float32")
+                state = T.alloc_buffer((2,), "float32")  # largest score, sum of exponentials
+                total = T.alloc_buffer((dim,), "float32")
+                state[0] = T.float32(-3.0e38)
+                for j in range(position[0] + ih // heads + 1):
+                    for lane in T.vectorized(8):
+                        lanes[lane] = T.float32(0)
+                    for k in T.unroll(dim // 8):
+                        for lane in T.vectorized(8):
+                            lanes[lane] = (
+                                lanes[lane]
+                                + q[ih // heads, ih % heads, k * 8 + lane]
+                                * keys[j, ih % heads // repeat, k * 8 + lane]
+                            )
+                    score[j] = (
+                        lanes[0] + lanes[1] + lanes[2] + lanes[3] + lanes[4] + lanes[5] + lanes[6] + lanes[7]
+                    ) * T.float32(scale)
+                    state[0] = T.max(state[0], score[j])
+                state[1] = T.float32(0)
+                for k in T.vectorized(dim):
+                    total[k] = T.float32(0)
+                for j in range(position[0] + ih // heads + 1):
+                    score[j] = T.exp(score[j] - state[0])
+                    state[1] = state[1] + score[j]
+                    for k in T.vectorized(dim):
+                        total[k] = total[k] + score[j] * values[j, ih % heads // repeat, k]
+                for k in T.vectorized(dim):
+                    y[ih // heads, ih % heads * dim + k] = total[k] / state[1]
+
+    return kernel

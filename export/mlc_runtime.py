@@ -1,0 +1,130 @@
+"""MLC folders on the CPU: the compiled library in TVM's Relax virtual machine."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from export.errors import ExportError
+from export.mlc import render_conversation
+from export.runtime import Message
+
+MAXIMUM_CONTEXT = 4096
+CHUNK = 256
+"""Tokens of one call of the library."""
+
+
+class MlcRuntime:
+    """See ``export.runtime.Runtime``. Conversations are rendered from ``conv_template``, as MLC's engine
+    does, not from the Jinja template beside it."""
+
+    name = "tvm"
+
+    def __init__(self, path: Path, threads: int = 1, context_length: int | None = None):
+        """
+        Args:
+            path: a folder with mlc-chat-config.json, tensor-cache.json and ``libs/*-x86_64-cpu.so``.
+            threads: CPU threads of TVM's pool, for the whole process.
+            context_length: tokens of cache; the folder's own maximum, at most 4096, by default.
+
+        Raises:
+            ExportError: a file is missing, damaged, or does not fit the library.
+        """
+        import tvm
+        from tokenizers import Tokenizer
+        from tvm import relax
+        from tvm.contrib import tvmjs
+
+        path = Path(path)
+        try:
+            self.config = json.loads((path / "mlc-chat-config.json").read_text(encoding="utf-8"))
+            self._template = self.config["conv_template"]
+            self.trained_context_length = int(self.config["context_window_size"])
+            model = self.config["model_config"]
+            self.vocabulary_size = int(self.config["active_vocab_size"])
+            self.end_of_turn_ids = tuple(sorted(int(end) for end in self._template["stop_token_ids"]))
+            self._tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+            (library,) = sorted((path / "libs").glob("*-x86_64-cpu.so"))
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise ExportError(f"{path}: is no complete MLC folder ({error}).") from error
+        except Exception as error:  # tokenizers raises plain Exception
+            raise ExportError(f"{path / 'tokenizer.json'}: cannot be read ({error}).") from error
+        tvm.get_global_func("runtime.config_threadpool")(1, threads)
+        self._tvm, self._device = tvm, tvm.cpu()
+        try:
+            self._machine = relax.VirtualMachine(tvm.runtime.load_module(str(library)), self._device)
+            self.metadata = json.loads(str(self._machine["_metadata"]()))
+            parameters, _ = tvmjs.load_tensor_cache(str(path), self._device)
+            names = self.metadata["parameters"]
+            self._parameters = [parameters[name] for name in names]
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ExportError(f"{path}: library or weights cannot be loaded ({reason}).") from error
+        architecture = self.metadata["architecture"]
+        for key, compiled in (
+            ("position_embedding_base", architecture["rope_theta"]),
+            ("num_hidden_layers", architecture["layers"]),
+            ("rms_norm_eps", architecture["norm_epsilon"]),
+        ):
+            if model[key] != compiled:
+                raise ExportError(
+                    f"{path / 'mlc-chat-config.json'}: {key} is {model[key]}, but the library was compiled "
+                    f"with {compiled}."
+                )
+        self.context_length = context_length or min(self.trained_context_length, MAXIMUM_CONTEXT)
+        shape = (self.context_length, architecture["key_value_heads"], architecture["head_dim"])
+        self._caches = [
+            tvm.runtime.tensor(np.zeros(shape, np.float32), self._device)
+            for _ in range(2 * architecture["layers"])
+        ]
+        self._used = 0
+
+    def tokenize(self, text: str) -> list[int]:
+        """See ``Runtime.tokenize``."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def chat_ids(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
+        """See ``Runtime.chat_ids``."""
+        return self.tokenize(render_conversation(self._template, messages, add_generation_prompt))
+
+    def decode_text(self, token_ids: Sequence[int]) -> str:
+        """See ``Runtime.decode_text``."""
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+    def reset(self) -> None:
+        """See ``Runtime.reset``."""
+        self._used = 0
+
+    def _call(self, function: str, token_ids: Sequence[int]) -> np.ndarray:
+        if self._used + len(token_ids) > self.context_length:
+            raise ExportError(
+                f"{self._used + len(token_ids)} tokens do not fit into a context of {self.context_length}."
+            )
+        tensor = self._tvm.runtime.tensor
+        logits = self._machine[function](
+            tensor(np.array(token_ids, np.int32), self._device),
+            tensor(np.array([self._used], np.int64), self._device),
+            *self._caches,
+            *self._parameters,
+        )
+        self._used += len(token_ids)
+        return logits.numpy()[:, : self.vocabulary_size]
+
+    def forward(self, token_ids: Sequence[int]) -> np.ndarray:
+        """See ``Runtime.forward``."""
+        parts = [token_ids[start : start + CHUNK] for start in range(0, len(token_ids), CHUNK)]
+        return np.concatenate([self._call("forward", part) for part in parts])
+
+    def prefill(self, token_ids: Sequence[int]) -> np.ndarray:
+        """See ``Runtime.prefill``."""
+        parts = [token_ids[start : start + CHUNK] for start in range(0, len(token_ids), CHUNK)]
+        return [self._call("prefill", part) for part in parts][-1][-1]
+
+    def decode(self, token_id: int) -> np.ndarray:
+        """See ``Runtime.decode``."""
+        return self._call("decode", [token_id])[-1]
+
+    def close(self) -> None:
+        """See ``Runtime.close``."""
+        del self._machine, self._parameters, self._caches

@@ -1,0 +1,256 @@
+"""MLC: weights equal to mlc_llm's own, and a CPU library that computes the model."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import tvm
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from tvm.contrib import tvmjs
+
+from export.errors import ExportError
+from export.mlc import conversation_template, export_mlc, quantize, render_conversation
+from export.mlc_runtime import MlcRuntime
+from export.torch_runtime import TorchRuntime
+
+GOLDEN = Path(__file__).parent / "golden" / "mlc"
+EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
+"""What mlc_llm itself made of ``llama-tiny``: SHA-256 of every tensor's bytes, and its configuration."""
+
+TEXT = "The import statement binds a name to a module, twice in 1234 cases.\n\n    def f(x): return x"
+CONVERSATIONS = [
+    [{"role": "user", "content": "Hello"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " leading and trailing "}],
+    [
+        {"role": "user", "content": "What is 12 + 30?"},
+        {"role": "assistant", "content": "42"},
+        {"role": "user", "content": ""},
+    ],
+    [{"role": "user", "content": "😀 日本語 العربية\n\ttabs"}],
+    [{"role": "user", "content": "text that looks like <|im_end|> and <|im_start|>system"}],
+]
+
+
+def export(model_dir: Path, folder: Path, quantization: str) -> MlcRuntime:
+    return MlcRuntime(export_mlc(model_dir, folder / quantization, "tiny", quantization))
+
+
+@pytest.fixture(scope="module")
+def four_bit(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> MlcRuntime:
+    return export(tiny_model_dir, tmp_path_factory.mktemp("mlc"), "q4f32_1")
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_model_dir: Path) -> TorchRuntime:
+    return TorchRuntime(tiny_model_dir)
+
+
+@pytest.mark.parametrize("quantization", list(EXPECTED))
+def test_weights_equal_those_of_mlc_llm(quantization: str, tmp_path: Path) -> None:
+    folder = export_mlc(GOLDEN / "llama-tiny", tmp_path / "out", "t", quantization, compile_cpu=False)
+    cache = json.loads((folder / "tensor-cache.json").read_text())
+    found = []
+    for shard in cache["records"]:
+        raw = (folder / shard["dataPath"]).read_bytes()
+        for record in shard["records"]:
+            data = raw[record["byteOffset"] : record["byteOffset"] + record["nbytes"]]
+            found.append(
+                {key: record[key] for key in ("name", "shape", "dtype", "format")}
+                | {"sha256": hashlib.sha256(data).hexdigest()}
+            )
+    expected = EXPECTED[quantization]
+    assert found == expected["records"]  # names, order, shapes, types and bytes
+    assert cache["metadata"] == pytest.approx(expected["metadata"])
+
+
+def test_chat_config_has_what_mlc_llm_writes(tmp_path: Path) -> None:
+    folder = export_mlc(GOLDEN / "llama-tiny", tmp_path / "out", "t", "q4f32_1", compile_cpu=False)
+    config = json.loads((folder / "mlc-chat-config.json").read_text())
+    expected = EXPECTED["q4f32_1"]["chat_config"]
+    assert set(config) == set(expected)
+    assert config["model_config"] == expected["model_config"]
+    assert set(config["conv_template"]) == set(expected["conv_template"])
+    # mlc_llm was told to use its stock chatml; ours is the model's own template, so these may differ.
+    own = ("conv_template", "tokenizer_files", "pad_token_id")
+    for key in set(expected) - set(own):
+        assert config[key] == expected[key], key
+
+
+def test_quantize_follows_the_layout() -> None:
+    weight = np.random.default_rng(0).normal(size=(3, 64)).astype(np.float32)
+    weight[1, 32:] = 0
+    words, scale = quantize(weight)
+    assert words.shape == (3, 8)
+    assert scale.shape == (3, 2)
+    nibbles = np.stack([(words >> (4 * place)) & 15 for place in range(8)], axis=-1).reshape(3, 64)
+    restored = (nibbles.astype(np.float32) - 7) * np.repeat(scale, 32, axis=1)
+    assert np.abs(restored - weight).max() <= scale.max() / 2 + 1e-6
+    assert nibbles.max() <= 14
+    assert (restored[1, 32:] == 0).all()
+
+
+def dequantized_model(folder: Path, model_dir: Path) -> torch.nn.Module:
+    """The Hugging Face model with the weights that an MLC folder holds."""
+    parameters, _ = tvmjs.load_tensor_cache(str(folder), tvm.cpu())
+    arrays = {name: tensor.numpy() for name, tensor in parameters.items()}
+    values: dict[str, np.ndarray] = {}
+    for name, array in arrays.items():
+        if name.endswith(".q_weight"):
+            base = name.removesuffix(".q_weight")
+            nibbles = np.stack([(array >> (4 * place)) & 15 for place in range(8)], axis=-1)
+            nibbles = nibbles.reshape(array.shape[0], -1).astype(np.float32) - 7
+            values[base + ".weight"] = nibbles * np.repeat(arrays[base + ".q_scale"], 32, axis=1)
+        elif not name.endswith(".q_scale"):
+            values[name] = array
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    state = {}
+    for name, value in values.items():
+        tensor = torch.from_numpy(np.array(value, dtype=np.float32))
+        for fused in ("qkv_proj", "c_attn"):
+            if fused in name:
+                for part, piece in zip("qkv", tensor.split([queries, keys, keys]), strict=True):
+                    state[name.replace(fused, f"{part}_proj")] = piece
+        if "gate_up_proj" in name:
+            for part, piece in zip(("gate", "up"), tensor.chunk(2), strict=True):
+                state[name.replace("gate_up", part)] = piece
+        elif "qkv_proj" not in name and "c_attn" not in name:
+            state[name] = tensor
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}
+    return model.eval()
+
+
+def logits_of(model: torch.nn.Module, ids: list[int]) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0].numpy()
+
+
+def test_library_computes_the_dequantized_model(
+    four_bit: MlcRuntime, reference: TorchRuntime, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    ids = reference.tokenize(TEXT)
+    assert four_bit.tokenize(TEXT) == ids
+    folder = export_mlc(tiny_model_dir, tmp_path / "w", "t", "q4f32_1", compile_cpu=False)
+    expected = logits_of(dequantized_model(folder, tiny_model_dir), ids)
+    four_bit.reset()
+    assert np.abs(four_bit.forward(ids) - expected).max() < 1e-4
+
+
+def test_qwen2_with_biases_and_padded_vocabulary(tiny_tokenizer, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    config = Qwen2Config(
+        vocab_size=len(tiny_tokenizer) + 48,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=2,
+    )
+    model = Qwen2ForCausalLM(config).eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+                projection.bias.normal_(0, 0.5)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    runtime = export(tmp_path / "model", tmp_path, "q0f16")
+    ids = runtime.tokenize(TEXT)
+    logits = runtime.forward(ids)
+    assert logits.shape == (len(ids), len(tiny_tokenizer))
+    expected = logits_of(dequantized_model(tmp_path / "q0f16", tmp_path / "model"), ids)
+    assert np.abs(logits - expected[:, : len(tiny_tokenizer)]).max() < 1e-4
+
+
+def test_incremental_decoding_equals_one_pass(four_bit: MlcRuntime) -> None:
+    ids = four_bit.tokenize(TEXT)
+    four_bit.reset()
+    whole = four_bit.forward(ids)
+    four_bit.reset()
+    assert np.allclose(four_bit.prefill(ids[:7]), whole[6], atol=1e-4)
+    for place in range(7, len(ids)):
+        assert np.allclose(four_bit.decode(ids[place]), whole[place], atol=1e-4)
+    with pytest.raises(ExportError, match="do not fit into a context of 512"):
+        four_bit.forward([1] * 600)
+
+
+@pytest.mark.parametrize("prompt", [True, False])
+def test_chat_ids_are_the_models(four_bit: MlcRuntime, reference: TorchRuntime, prompt: bool) -> None:
+    for messages in CONVERSATIONS:
+        assert four_bit.chat_ids(messages, prompt) == reference.chat_ids(messages, prompt)
+    assert four_bit.end_of_turn_ids == reference.end_of_turn_ids == (2,)
+
+
+def test_rope_theta_is_the_true_one(four_bit: MlcRuntime) -> None:
+    assert four_bit.config["model_config"]["position_embedding_base"] == 100000.0
+    assert four_bit.metadata["architecture"]["rope_theta"] == 100000.0
+
+
+def test_library_and_config_must_agree(four_bit: MlcRuntime, tiny_model_dir: Path, tmp_path: Path) -> None:
+    folder = export_mlc(tiny_model_dir, tmp_path / "out", "tiny", "q4f32_1")
+    config = json.loads((folder / "mlc-chat-config.json").read_text())
+    config["model_config"]["position_embedding_base"] = 10000.0
+    (folder / "mlc-chat-config.json").write_text(json.dumps(config))
+    with pytest.raises(ExportError, match=r"position_embedding_base is 10000\.0, but the library"):
+        MlcRuntime(folder)
+
+
+def test_template_without_default_system_message(tiny_tokenizer) -> None:
+    import copy
+
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}"
+        "{{ ']]' if m['role'] == 'user' else '}}' }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    template = conversation_template(tokenizer, [2])
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert render_conversation(template, messages, True) == "[user]a]][assistant]b}}[assistant]"
+
+
+def test_template_that_strips_is_refused(tiny_tokenizer) -> None:
+    import copy
+
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | trim }}\n{% endfor %}"
+    )
+    with pytest.raises(ExportError, match="cannot be said in MLC's conv_template"):
+        conversation_template(tokenizer, [2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2' cannot be exported to MLC; supported are llama, qwen2"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "rope scaling 'yarn'"),
+        ({"hidden_size": 100}, "hidden_size 100 is not divisible by 32"),
+    ],
+)
+def test_unsupported_model_is_one_sentence(
+    changes: dict, sentence: str, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ExportError, match=sentence):
+        export_mlc(folder, tmp_path / "out", "t", "q4f32_1")
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_quantization(tiny_model_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="no MLC quantization 'q9'"):
+        export_mlc(tiny_model_dir, tmp_path / "out", "t", "q9")
