@@ -213,7 +213,8 @@ def test_template_without_default_system_message(tiny_tokenizer) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = (
         "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}"
-        "{{ ']]' if m['role'] == 'user' else '}}' }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+        "{{ ']]' if m['role'] == 'user' else '}}' }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     template = conversation_template(tokenizer, [2])
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
