@@ -43,8 +43,6 @@ class MlcRuntime:
             self.trained_context_length = int(self.config["context_window_size"])
             model = self.config["model_config"]
             self.vocabulary_size = int(self.config["active_vocab_size"])
-            eos = self.config["eos_token_id"]
-            self.eos_token_id: int | None = eos[0] if isinstance(eos, list) else eos
             self.end_of_turn_ids = tuple(sorted(int(end) for end in self._template["stop_token_ids"]))
             eos = self.config["eos_token_id"]  # one id or a list
             self.eos_token_id: int | None = int(eos[0] if isinstance(eos, list) else eos)

@@ -14,6 +14,7 @@ from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metada
 
 from export.errors import ExportError
 from export.gguf import export_gguf
+from export.mlc import export_mlc
 from export.onnx import export_onnx
 from export.runtime import open_runtime
 from pipeline.recipe import Thresholds
@@ -45,7 +46,8 @@ def good(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     folder = tmp_path_factory.mktemp("good")
     gguf_file = export_gguf(tiny_model_dir, folder / "gguf", "tiny", ["f16"], pre_tokenizer="smollm")[0]
     onnx_file = export_onnx(tiny_model_dir, folder / "onnx-folder", "tiny", ["fp32"], threads=1)[0]
-    return {"gguf": gguf_file, "onnx": onnx_file}
+    mlc_folder = export_mlc(tiny_model_dir, folder / "mlc" / "tiny", "tiny", "q0f32")
+    return {"gguf": gguf_file, "onnx": onnx_file, "mlc": mlc_folder}
 
 
 def copy_of(path: Path, folder: Path) -> Path:
@@ -326,21 +328,150 @@ ONNX: dict[str, tuple[Mutation, str]] = {
 }
 
 
+# MLC
+
+
+def mlc_records(change: Callable[[dict[str, dict[str, Any]]], None]) -> Mutation:
+    """Changes where the cache's index says that tensors lie: {name: record}."""
+
+    def mutate_index(content: dict[str, Any]) -> None:
+        change({record["name"]: record for shard in content["records"] for record in shard["records"]})
+
+    return json_file("tensor-cache.json", mutate_index)
+
+
+def exchange_names(first: str, second: str) -> Callable[[dict[str, dict[str, Any]]], None]:
+    """What is stored under one name is read under the other; both have the same shape."""
+
+    def change(records: dict[str, dict[str, Any]]) -> None:
+        assert records[first]["shape"] == records[second]["shape"]
+        records[first]["name"], records[second]["name"] = second, first
+
+    return change
+
+
+def mlc_bytes(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Mutation:
+    """Changes the stored bytes of a tensor in its shard."""
+
+    def mutate(path: Path) -> None:
+        index = json.loads((path / "tensor-cache.json").read_text())
+        (shard, record) = next(
+            (shard, record)
+            for shard in index["records"]
+            for record in shard["records"]
+            if record["name"] == name
+        )
+        data = np.memmap(path / shard["dataPath"], dtype=np.uint8, mode="r+")
+        part = slice(record["byteOffset"], record["byteOffset"] + record["nbytes"])
+        data[part] = change(data[part].copy())
+        data.flush()
+
+    return mutate
+
+
+def truncate_shard(path: Path) -> None:
+    truncate(path / "params_shard_0.bin")
+
+
+def set_template(key: str, value: Any) -> Mutation:
+    """Changes a value of ``conv_template``."""
+
+    def change(content: dict[str, Any]) -> None:
+        assert content["conv_template"][key] != value
+        content["conv_template"][key] = value
+
+    return json_file("mlc-chat-config.json", change)
+
+
+def scaled(data: np.ndarray) -> np.ndarray:
+    """Twice the value of each bfloat16: one step in the exponent, bits 7 to 14."""
+    words = data.view(np.uint16)
+    return (words + 0x80).view(np.uint8)
+
+
+MLC_LAYER = "model.layers.0."
+MLC: dict[str, tuple[Mutation, str]] = {
+    "swapped layers": (
+        mlc_records(
+            exchange_names(f"{MLC_LAYER}mlp.down_proj.weight", "model.layers.1.mlp.down_proj.weight")
+        ),
+        "mean_kl",
+    ),
+    "swapped attention of layers": (
+        mlc_records(
+            exchange_names(
+                f"{MLC_LAYER}self_attn.qkv_proj.weight", "model.layers.3.self_attn.qkv_proj.weight"
+            )
+        ),
+        "mean_kl",
+    ),
+    "swapped gate and up": (
+        mlc_bytes(
+            f"{MLC_LAYER}mlp.gate_up_proj.weight", lambda data: np.concatenate(np.split(data, 2)[::-1])
+        ),
+        "mean_kl",
+    ),
+    "doubled weights": (mlc_bytes(f"{MLC_LAYER}self_attn.o_proj.weight", scaled), "mean_kl"),
+    "doubled norm": (mlc_bytes("model.norm.weight", scaled), "mean_kl"),
+    "zeroed tensor": (mlc_bytes("model.layers.3.mlp.down_proj.weight", np.zeros_like), "mean_kl"),
+    "truncated shard": (truncate_shard, "runs"),
+    "rope theta of the configuration alone": (
+        json_file(
+            "mlc-chat-config.json", lambda c: set_to("position_embedding_base", 10000)(c["model_config"])
+        ),
+        "runs",
+    ),
+    "no stop token": (set_template("stop_token_ids", []), "end_of_turn"),
+    "stop token off by one": (set_template("stop_token_ids", [3]), "end_of_turn"),
+    "also stops at a full stop": (set_template("stop_token_ids", [2, 17]), "end_of_turn"),
+    "eos is the start of a turn": (json_file("mlc-chat-config.json", set_to("eos_token_id", 1)), "eos"),
+    "context length": (
+        json_file("mlc-chat-config.json", set_to("context_window_size", 256)),
+        "context_length",
+    ),
+    "fewer tokens": (json_file("mlc-chat-config.json", set_to("active_vocab_size", 2047)), "vocabulary_size"),
+    "template without line breaks": (set_template("seps", ["<|im_end|>"]), "token_ids"),
+    "template with stock system message": (
+        set_template("system_message", "A conversation between a user and an LLM-based AI assistant."),
+        "token_ids",
+    ),
+    "template with a doubled BOS": (
+        set_template("system_template", "<|im_start|><|im_start|>system\n{system_message}<|im_end|>\n"),
+        "bos",
+    ),
+    "two tokens swapped": (json_file("tokenizer.json", swap_tokenizer_tokens), "token_ids"),
+}
+
+
 def _cases(table: dict[str, tuple[Mutation, str]], format: str) -> list[Any]:
     return [
         pytest.param(format, mutate, gate, id=f"{format}: {what}") for what, (mutate, gate) in table.items()
     ]
 
 
-@pytest.mark.parametrize("format", ["gguf", "onnx"])
+@pytest.mark.parametrize("format", ["gguf", "onnx", "mlc"])
 def test_the_undamaged_file_passes(good: dict[str, Path], reference: Any, format: str) -> None:
     assert gates_missed(good[format], reference) == []
 
 
-@pytest.mark.parametrize(("format", "mutate", "gate"), [*_cases(GGUF, "gguf"), *_cases(ONNX, "onnx")])
+@pytest.mark.parametrize(
+    ("format", "mutate", "gate"), [*_cases(GGUF, "gguf"), *_cases(ONNX, "onnx"), *_cases(MLC, "mlc")]
+)
 def test_broken_file_misses_its_gate(
     good: dict[str, Path], reference: Any, tmp_path: Path, format: str, mutate: Mutation, gate: str
 ) -> None:
     path = copy_of(good[format], tmp_path)
     mutate(path)
     assert gate in gates_missed(path, reference)
+
+
+def test_mlc_compiled_for_another_rope_theta_misses_its_gate(
+    tiny_model_dir: Path, reference: Any, tmp_path: Path
+) -> None:
+    """Library and configuration agree with each other, but not with the model."""
+    model_dir = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model_dir)
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    json_file("config.json", set_to("rope_parameters", rope))(model_dir)
+    path = export_mlc(model_dir, tmp_path / "export", "tiny", "q0f32")
+    assert "mean_kl" in gates_missed(path, reference)
