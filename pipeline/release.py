@@ -1,0 +1,164 @@
+"""The release folder: one folder a format, model cards, manifest, report."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline import cards, report
+from pipeline.artifacts import Artifact, Store, sha256_of_file, sha256_of_json, write_json
+from pipeline.errors import UserError
+from pipeline.recipe import Recipe
+
+SCHEMA = "martlet-manifest-1"
+MANIFEST = "manifest.json"
+REPORTS = ("report.json", "report.html")
+"""Files that carry timings; they are in the manifest, too."""
+
+
+def run(
+    recipe: Recipe,
+    artifacts: Mapping[str, Artifact],
+    release_root: Path,
+    store: Store,
+    stage_times: list[dict[str, Any]],
+) -> Path:
+    """Lays the release out; an existing one that is already this release is left as it is.
+
+    Args:
+        recipe: the recipe.
+        artifacts: all artifacts of the run by role (``instruct``, ``gguf``, ``fidelity_gguf``, ...).
+        release_root: the folder to make. It appears by renaming, when everything in it is complete.
+        store: tells what is being done.
+        stage_times: [{name, seconds, cached}] for the report.
+
+    Returns:
+        ``release_root``, absolute.
+
+    Raises:
+        UserError: there is a folder of that name that is no release, or it cannot be written.
+    """
+    root = Path(release_root).resolve()
+    content = sha256_of_json({role: artifact.digest for role, artifact in artifacts.items()})
+    identity = sha256_of_json([content, recipe.model_dump(mode="json", by_alias=True), SCHEMA, report.SCHEMA])
+    if root.exists() and any(root.iterdir()):
+        manifest = _read_manifest(root)
+        if manifest is None:
+            raise UserError(f"{root}: exists and is no release of martlet; give another folder or remove it.")
+        if manifest.get("identity") == identity and not verify(root):
+            store.report(f"release: {root} is up to date")
+            return root
+    store.report(f"release: laying out {root}")
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as temporary:
+            # Made with mode 0700; a release is for others to read.
+            folder = Path(temporary) / "release"
+            folder.mkdir()
+            made_from = _copy_models(folder, recipe, artifacts)
+            facts = report.collect(recipe, artifacts, stage_times)
+            write_json(folder / "report.json", facts)
+            (folder / "report.html").write_text(report.render(facts), encoding="utf-8")
+            for name, text in cards.model_cards(recipe, facts).items():
+                (folder / name / "README.md").write_text(text, encoding="utf-8")
+            write_json(folder / MANIFEST, _manifest(folder, identity, recipe, artifacts, made_from))
+            previous = Path(temporary) / "previous"
+            if root.exists():
+                root.rename(previous)
+            folder.rename(root)
+    except OSError as error:
+        if error.errno in (28, 122):
+            raise UserError(f"{root}: no space is left on the disk for the release; free space.") from error
+        raise
+    return root
+
+
+def verify(root: Path) -> list[str]:
+    """A sentence for each file of a release that is missing, damaged, or not in its manifest.
+
+    Raises:
+        UserError: the folder has no readable manifest.
+    """
+    root = Path(root)
+    manifest = _read_manifest(root)
+    if manifest is None:
+        raise UserError(f"{root / MANIFEST}: is missing or no manifest of martlet; give a release folder.")
+    problems = []
+    for name, entry in manifest["files"].items():
+        path = root / name
+        if not path.resolve().is_relative_to(root.resolve()):
+            problems.append(f"{path}: lies outside the release.")
+        elif not path.is_file():
+            problems.append(f"{path}: is missing.")
+        elif path.stat().st_size != entry["bytes"] or sha256_of_file(path) != entry["sha256"]:
+            problems.append(f"{path}: is damaged (its SHA-256 is not the manifest's).")
+    present = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+    for name in sorted(present - set(manifest["files"]) - {MANIFEST}):
+        problems.append(f"{root / name}: is not in the manifest.")
+    return problems
+
+
+def _read_manifest(root: Path) -> dict[str, Any] | None:
+    try:
+        manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
+        entries = manifest["files"].values()
+        valid = manifest["schema"] == SCHEMA and all({"sha256", "bytes"} <= set(entry) for entry in entries)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return manifest if valid else None
+
+
+def _copy_models(folder: Path, recipe: Recipe, artifacts: Mapping[str, Artifact]) -> dict[str, Artifact]:
+    """Copies models and exports out of the store; returns which artifact each folder came from.
+
+    They are copies, so that editing a release never damages the store."""
+    base = artifacts.get("pretrain", artifacts["distill"])
+    sources: list[tuple[str, Path, Artifact]] = [
+        (recipe.name, base.path / "model", base),
+        (f"{recipe.name}-Instruct", artifacts["instruct"].path / "model", artifacts["instruct"]),
+    ]
+    if "gguf" in artifacts:
+        sources.append((f"{recipe.name}-Instruct-GGUF", artifacts["gguf"].path / "files", artifacts["gguf"]))
+    if "mlc" in artifacts:
+        for quantization in recipe.export.mlc:
+            name = f"{recipe.name}-Instruct-{quantization}-MLC"
+            sources.append((name, artifacts["mlc"].path / "files" / quantization, artifacts["mlc"]))
+    if "onnx" in artifacts:
+        sources.append((f"{recipe.name}-Instruct-ONNX", artifacts["onnx"].path / "files", artifacts["onnx"]))
+    for name, source, _ in sources:
+        shutil.copytree(source, folder / name, copy_function=shutil.copyfile)
+    return {name: artifact for name, _, artifact in sources}
+
+
+def _manifest(
+    folder: Path,
+    identity: str,
+    recipe: Recipe,
+    artifacts: Mapping[str, Artifact],
+    made_from: Mapping[str, Artifact],
+) -> dict[str, Any]:
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file():
+            continue
+        name = path.relative_to(folder).as_posix()
+        source = made_from.get(name.split("/", 1)[0])
+        files[name] = {"sha256": sha256_of_file(path), "bytes": path.stat().st_size}
+        if source is not None:
+            files[name]["made_from"] = {"stage": source.stage, "key": source.key}
+    lineage = {}
+    for role, artifact in artifacts.items():
+        manifest = artifact.manifest()
+        lineage[role] = {
+            key: manifest[key] for key in ("stage", "version", "key", "digest", "inputs", "seed", "packages")
+        }
+    return {
+        "schema": SCHEMA,
+        "identity": identity,
+        "name": recipe.name,
+        "recipe": recipe.model_dump(mode="json", by_alias=True),
+        "lineage": lineage,
+        "files": files,
+    }
