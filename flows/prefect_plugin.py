@@ -19,8 +19,9 @@ hookimpl = pluggy.HookimplMarker("prefect-experimental")
 
 
 @hookimpl
-def setup_environment(ctx: Any) -> None:
-    """Prefect's start-up hook."""
+def setup_environment(*, ctx: Any) -> None:
+    """Prefect's start-up hook. The argument is keyword-only, as in Prefect's specification of the hook:
+    otherwise pluggy refuses the plugin."""
     install(ctx.logger_factory("martlet"))
 
 

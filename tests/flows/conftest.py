@@ -12,6 +12,14 @@ import yaml
 
 from flows.command_line import main
 
+# What the command line sets for its own process; here Prefect is imported before that.
+os.environ.update(
+    DO_NOT_TRACK="1",
+    PREFECT_SERVER_ANALYTICS_ENABLED="false",
+    PREFECT_LOGGING_LEVEL="CRITICAL",
+    PREFECT_LOGGING_TO_API_ENABLED="false",
+)
+
 SENTENCE = "The martlet is a small swallow that never lands; number {} of them crossed the sea in spring."
 
 
