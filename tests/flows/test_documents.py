@@ -1,0 +1,72 @@
+"""The documents name what is there: every recipe key, every command, and only files that exist."""
+
+import re
+import shlex
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+from pydantic import BaseModel
+
+from flows.command_line import app
+from pipeline.recipe import Recipe, load_recipe
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+
+
+def recipe_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        key = prefix + (field.alias or name)
+        candidates = [field.annotation]
+        if typing.get_origin(field.annotation) is not dict:
+            candidates += typing.get_args(field.annotation)
+        sections = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if sections:
+            yield from recipe_keys(sections[0], key + ".")
+        else:
+            yield key
+
+
+def test_the_guide_lists_exactly_the_keys_of_a_recipe() -> None:
+    listed = re.findall(r"^\| `([a-z0-9_.]+)` \|", GUIDE, flags=re.MULTILINE)
+    assert listed == list(recipe_keys(Recipe))
+
+
+def test_the_guide_lists_every_command() -> None:
+    commands = set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    assert set(re.findall(r"^\| `martlet ([a-z]+)", GUIDE, flags=re.MULTILINE)) == commands
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_valid(recipe: Path) -> None:
+    load_recipe(recipe)
+
+
+def test_deployments_name_recipes_and_parameters_that_exist() -> None:
+    deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding="utf-8"))["deployments"]
+    assert {deployment["name"] for deployment in deployments} == {"local", "smoke"}
+    for deployment in deployments:
+        assert (ROOT / deployment["parameters"]["recipe"]).is_file()
+        assert set(deployment["parameters"]) <= {"recipe", "store", "release"}
+        assert deployment["work_pool"]["name"] == "martlet"
+
+
+def test_the_readme_shows_the_literal_command() -> None:
+    assert "\nprefect deployment run distill-and-ship\n" in README
+
+
+@pytest.mark.parametrize("target", ["ship", "test", "check", "clean"])
+def test_make_has_the_verbs(target: str) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
+
+
+def test_every_package_is_pinned_exactly() -> None:
+    first, *pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    assert first.startswith("#")
+    assert all(len(shlex.split(pin)) == 1 and re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins)
