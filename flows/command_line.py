@@ -4,11 +4,14 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
+import psutil
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +19,7 @@ from typer.exceptions import TyperException
 
 from pipeline.errors import EXIT_BAD_INPUT, EXIT_GATE_FAILED, EXIT_INTERRUPTED, GateFailed, UserError
 
+INTERRUPTED = "martlet: interrupted; the same command goes on where this one stopped."
 DEFAULT_RECIPE = Path("recipes/smollm2-135m-to-99m.yaml")
 
 app = typer.Typer(
@@ -148,6 +152,7 @@ def quiet_prefect(store: Path) -> Iterator[None]:
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
     os.environ.setdefault("PREFECT_LOGGING_TO_API_ENABLED", "false")
+    os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")
     os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("PREFECT_RESULTS_PERSIST_BY_DEFAULT", "false")
@@ -159,10 +164,27 @@ def quiet_prefect(store: Path) -> Iterator[None]:
     progress.setLevel(logging.INFO)
     progress.propagate = False
     progress.addHandler(handler)
+    before = {number: signal.signal(number, stop_now) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
         progress.removeHandler(handler)
+
+
+def stop_now(number: int, frame: FrameType | None) -> None:
+    """Ends this process and its children at once.
+
+    Ctrl-C reaches the embedded server, too; unwinding through Prefect would then wait for a server that is
+    gone. Nothing is lost: checkpoints and finished stages are on disk, and what is half-made has no final
+    name and is thrown away by the next run.
+    """
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+    print(INTERRUPTED, file=sys.stderr, flush=True)
+    os._exit(EXIT_INTERRUPTED)
 
 
 def show_release(result: dict[str, Any]) -> None:
@@ -205,7 +227,7 @@ def run(command: Callable[[], Any]) -> int:
         print(f"martlet: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        print("martlet: interrupted; the same command goes on where this one stopped.", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
         return EXIT_INTERRUPTED
     except SystemExit as error:
         return int(error.code or 0) if not isinstance(error.code, str) else EXIT_BAD_INPUT
