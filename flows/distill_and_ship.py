@@ -57,7 +57,7 @@ def stage(function: Callable[..., Any], name: str, report: Callable[[str], None]
         report(f"{name}: done, {how}")
         return result
 
-    return task(told, name=name, cache_policy=NO_CACHE, retries=0, persist_result=False)
+    return task(name=name, cache_policy=NO_CACHE, retries=0, persist_result=False)(told)
 
 
 def run_name() -> str:
@@ -195,7 +195,7 @@ def show_fidelity(made: dict[str, Artifact], formats: list[str]) -> None:
 
 def show_device(made: dict[str, Artifact], formats: list[str]) -> None:
     """The device table as a Prefect artifact."""
-    columns = ("file", "runtime", "threads", "load_s", "ttft_s", "prefill_tokens_per_s")
+    columns: tuple[str, ...] = ("file", "runtime", "threads", "load_s", "ttft_s", "prefill_tokens_per_s")
     columns += ("decode_tokens_per_s", "rss_anon_bytes", "rss_file_bytes", "peak_rss_bytes", "reliable")
     table = [{column: entry.get(column) for column in columns} for entry in rows(made, "device", formats)]
     create_table_artifact(key="device", table=table, description="Each file on this machine's CPU.")
