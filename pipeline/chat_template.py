@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from jinja2 import TemplateError
+
 from pipeline.errors import UserError
 
 
@@ -19,13 +21,21 @@ def render_with_mask(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[li
         Ids ``[T]`` and mask ``[T]``: 1 where the assistant's content or its end-of-turn token stands.
 
     Raises:
-        UserError: the template rewrites earlier turns, so that prefixes do not tell the turns apart.
+        UserError: the template rewrites earlier turns, so that prefixes do not tell the turns apart, or it
+            refuses the conversation (some know no system message, or want the roles to alternate).
     """
 
     def render(count: int, add_generation_prompt: bool) -> str:
-        return tokenizer.apply_chat_template(
-            messages[:count], tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        try:
+            return tokenizer.apply_chat_template(
+                messages[:count], tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise UserError(
+                f"data.chats.sources: the model's chat template refuses a conversation of {roles} ({error}); "
+                "leave such conversations out or choose another model."
+            ) from None
 
     text = render(len(messages), False)
     spans = []

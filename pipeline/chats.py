@@ -1,9 +1,11 @@
 """Conversations for instruction tuning: read from files, or prompts that the teacher answers."""
 
+import itertools
 import json
 import random
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,19 +19,24 @@ from pipeline.artifacts import Artifact, Store, write_json
 from pipeline.chat_template import render_with_mask
 from pipeline.errors import UserError
 from pipeline.models import load_tokenizer, throttled
-from pipeline.prepare import source_digests
 from pipeline.recipe import Recipe
-from pipeline.sources import conversations, everyday_prompts, reasoning_prompts
+from pipeline.sources import conversations, everyday_prompts, reasoning_prompts, source_digests
 from pipeline.teacher import packaged_gguf
 
 STAGE = "chats"
-VERSION = 1
+VERSION = 2
 TEMPERATURE = 0.7
 TOP_P = 0.9
+REPEATED_WORDS = 5
+REPETITIONS = 3
+"""An answer that says the same ``REPEATED_WORDS`` words this often is caught in a loop and left out."""
 PROMPTS: dict[str, Callable[[int], Iterator[str]]] = {
     "everyday": lambda seed: everyday_prompts(),
     "reasoning-gym": reasoning_prompts,
 }
+
+ROWS_PER_CONVERSATION = 16
+"""Rows of a data set that are looked at for each conversation wanted."""
 
 Messages = list[dict[str, str]]
 
@@ -54,6 +61,7 @@ def run(store: Store, recipe: Recipe, teacher: Artifact) -> Artifact:
 
     def make(output: Path, work: Path) -> None:
         tokenizer = load_tokenizer(teacher.path / "model")
+        wanted = section.conversations + section.held_out_conversations
         ready: list[Messages] = []
         prompts: list[str] = []
         for source in section.sources:
@@ -61,36 +69,60 @@ def run(store: Store, recipe: Recipe, teacher: Artifact) -> Artifact:
             if kind == "prompts":
                 prompts += PROMPTS[name](recipe.seed)
             else:
-                ready += conversations(source)
-        wanted = section.conversations + section.held_out_conversations
+                # A data set may be endless; it comes shuffled, so its first part is as good as any.
+                limit = ROWS_PER_CONVERSATION * wanted if kind == "dataset" else None
+                ready += itertools.islice(conversations(source, recipe.seed), limit)
         generator = random.Random(recipe.seed)
-        ready = _fitting(_distinct(ready), tokenizer, section.max_tokens)
         generator.shuffle(ready)
-        prompts = list(dict.fromkeys(prompts))
+        prompts = list({_normalised(prompt): prompt for prompt in reversed(prompts)}.values())
         generator.shuffle(prompts)
-        chats = ready[:wanted]
-        written = 0
+        chats: list[Messages] = []
+        openings: set[str] = set()
+        counts = {"written_by_teacher": 0, "duplicates": 0, "too_long": 0, "without_answer": 0}
+
+        def take(messages: Messages) -> bool:
+            """Whether the conversation is a new one that fits."""
+            opening = _normalised(next((m["content"] for m in messages if m["role"] == "user"), ""))
+            input_ids, mask = render_with_mask(tokenizer, messages)
+            if opening in openings:
+                counts["duplicates"] += 1
+            elif len(input_ids) > section.max_tokens:
+                counts["too_long"] += 1
+            elif not any(mask):
+                counts["without_answer"] += 1
+            else:
+                openings.add(opening)
+                chats.append(messages)
+                return True
+            return False
+
+        for messages in ready:
+            if len(chats) == wanted:
+                break
+            take(messages)
         if len(chats) < wanted and prompts:
-            asked = {messages[0]["content"] for messages in chats}
-            for messages in _answered(
-                recipe, teacher, [p for p in prompts if p not in asked], work, wanted - len(chats), store
-            ):
-                chats += _fitting([messages], tokenizer, section.max_tokens)
-                written += 1
+            asking = [prompt for prompt in prompts if _normalised(prompt) not in openings]
+            for prompt, answer in _answered(recipe, teacher, asking, work, wanted - len(chats), store):
+                if not answer:
+                    counts["without_answer"] += 1
+                    continue
+                messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+                counts["written_by_teacher"] += take(messages)
                 if len(chats) == wanted:
                     break
         if len(chats) < wanted:
             raise UserError(
                 f"data.chats.conversations: {section.conversations} for training and "
                 f"{section.held_out_conversations} held out are asked for, but the sources give only "
-                f"{len(chats)} of at most {section.max_tokens} tokens; lower these or give more sources."
+                f"{len(chats)} of at most {section.max_tokens} tokens (data.chats.max_tokens); lower these "
+                "or give more data.chats.sources."
             )
         generator.shuffle(chats)
         splits = {
             "held_out": chats[: section.held_out_conversations],
             "train": chats[section.held_out_conversations :],
         }
-        statistics: dict[str, Any] = {"written_by_teacher": written, "splits": {}}
+        statistics: dict[str, Any] = {**counts, "licence": section.licence, "splits": {}}
         for split, members in splits.items():
             with (output / f"{split}.jsonl").open("w", encoding="utf-8") as file:
                 for messages in members:
@@ -113,28 +145,15 @@ def run(store: Store, recipe: Recipe, teacher: Artifact) -> Artifact:
     )
 
 
-def _distinct(chats: list[Messages]) -> list[Messages]:
-    """Conversations whose first user turn no earlier one has."""
-    first = {}
-    for messages in chats:
-        opening = next((m["content"] for m in messages if m["role"] == "user"), "")
-        first.setdefault(" ".join(opening.split()).lower(), messages)
-    return list(first.values())
-
-
-def _fitting(chats: list[Messages], tokenizer: Any, max_tokens: int) -> list[Messages]:
-    fitting = []
-    for messages in chats:
-        input_ids, mask = render_with_mask(tokenizer, messages)
-        if len(input_ids) <= max_tokens and any(mask):
-            fitting.append(messages)
-    return fitting
+def _normalised(text: str) -> str:
+    """Texts that differ only in case, white space or the punctuation at their end are the same prompt."""
+    return " ".join(text.lower().split()).rstrip(" .?!")
 
 
 def _answered(
     recipe: Recipe, teacher: Artifact, prompts: list[str], work: Path, wanted: int, store: Store
-) -> Iterator[Messages]:
-    """Conversations of one prompt and the teacher's answer, in the order of the prompts.
+) -> Iterator[tuple[str, str]]:
+    """Each prompt and the teacher's answer, in the order of the prompts; no answer is an empty one.
 
     Answers are appended to a file in ``work`` and not asked for again after a kill. Each prompt has its own
     seed, so an answer does not depend on those before it.
@@ -169,11 +188,7 @@ def _answered(
                         f"chats: the teacher has answered {number + 1} of {wanted} prompts, "
                         f"{tokens / elapsed:.0f} tok/s, {left:.0f} s left"
                     )
-                if answers[prompt]:
-                    yield [
-                        {"role": "user", "content": prompt},
-                        {"role": "assistant", "content": answers[prompt]},
-                    ]
+                yield prompt, answers[prompt]
     finally:
         runtime.close()
 
@@ -187,10 +202,12 @@ def _open_teacher(recipe: Recipe, teacher: Artifact) -> Runtime:
 
 
 def _answer(runtime: Runtime, prompt: str, max_tokens: int, seed: list[int]) -> tuple[str, int]:
-    """A sampled answer (temperature, nucleus); one cut short ends at its last whole sentence."""
+    """A sampled answer (temperature, nucleus) and the number of its tokens."""
     generator = np.random.default_rng(seed)
     runtime.reset()
     ids = runtime.chat_ids([{"role": "user", "content": prompt}], add_generation_prompt=True)
+    if len(ids) + max_tokens > runtime.context_length:
+        return "", 0
     logits = runtime.prefill(ids)
     new_ids: list[int] = []
     ended = False
@@ -202,11 +219,25 @@ def _answer(runtime: Runtime, prompt: str, max_tokens: int, seed: list[int]) -> 
         new_ids.append(token_id)
         if len(new_ids) < max_tokens:
             logits = runtime.decode(token_id)
-    text = runtime.decode_text(new_ids).strip()
+    return tidy_answer(runtime.decode_text(new_ids), ended), len(new_ids)
+
+
+def tidy_answer(text: str, ended: bool) -> str:
+    """An answer fit to learn from: one that was cut short ends at its last whole sentence; one caught in a
+    loop, or without any whole sentence, is empty.
+
+    Args:
+        text: what was generated.
+        ended: the model ended its turn itself.
+    """
+    text = text.strip()
     if not ended:
-        whole = re.match(r"(?s).*[.!?](?=\s|$)", text)
-        text = whole.group(0).strip() if whole else ""
-    return text, len(new_ids)
+        # A sentence ends at punctuation that white space follows, but not at that of a list's "2.".
+        ends = [match.end() for match in re.finditer(r"(?<![\d\s])[.!?][\"')\]]*(?=\s|$)", text)]
+        text = text[: ends[-1]] if ends else ""
+    words = text.lower().split()
+    runs = Counter(zip(*(words[start:] for start in range(REPEATED_WORDS)), strict=False))
+    return "" if max(runs.values(), default=0) >= REPETITIONS else text
 
 
 def _sample(logits: np.ndarray, generator: np.random.Generator) -> int:

@@ -2,22 +2,47 @@
 
 import hashlib
 import random
+from array import array
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from pipeline.artifacts import Artifact, Store, sha256_of_file, write_json
+from pipeline.artifacts import Artifact, Store, write_json
 from pipeline.errors import UserError
 from pipeline.models import load_tokenizer
-from pipeline.recipe import Recipe
-from pipeline.sources import TEXT_SUFFIXES, documents
+from pipeline.recipe import Recipe, Text
+from pipeline.sources import documents, source_digests
 
 STAGE = "prepare"
-VERSION = 1
+VERSION = 2
 SPLITS = ("calibration", "held_out", "train")
 """The small ones first: they are complete before training takes what remains."""
+DOCUMENTS_AT_LEAST = 8
+"""Of a measuring split: no document gives more than this fraction of it, or one would decide the result."""
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
+"""What models of the GPT-2, SmolLM, Qwen and Llama 3 kinds saw between documents when they were trained;
+an instruction-tuned model's EOS is its end of turn."""
+BYTES_PER_TOKEN = 32
+"""A streamed data set is read until this many bytes a wanted token are there; English has 4 to 5."""
+
+
+@dataclass
+class Documents:
+    """The distinct documents, kept on disk, and where they came from."""
+
+    file: BinaryIO
+    spans: list[tuple[int, int]]
+    by_source: dict[str, int]
+    left_out: int
+
+    def text(self, number: int) -> str:
+        """The text of a document."""
+        start, length = self.spans[number]
+        self.file.seek(start)
+        return self.file.read(length).decode()
 
 
 def run(store: Store, recipe: Recipe, teacher: Artifact) -> Artifact:
@@ -26,7 +51,7 @@ def run(store: Store, recipe: Recipe, teacher: Artifact) -> Artifact:
     Returns:
         For each of train, held_out and calibration ``SPLIT.npy`` (int32 ``[N, sequence_length]``) and
         ``documents_SPLIT.npy`` (the document's number of each token); ``statistics.json``. No document is
-        in two splits.
+        in two splits. An end-of-text token follows each document.
 
     Raises:
         UserError: a source is missing or broken, or holds too little text.
@@ -35,40 +60,40 @@ def run(store: Store, recipe: Recipe, teacher: Artifact) -> Artifact:
 
     def make(output: Path, work: Path) -> None:
         tokenizer = load_tokenizer(teacher.path / "model")
-        texts: list[str] = []
-        seen: set[bytes] = set()
-        duplicates = 0
-        for source in section.sources:
-            for text in documents(source, section.text_field):
-                digest = hashlib.sha256(" ".join(text.split()).encode()).digest()
-                if not text.strip() or digest in seen:
-                    duplicates += 1
-                    continue
-                seen.add(digest)
-                texts.append(text)
-        if not texts:
-            raise UserError(f"data.text.sources: {', '.join(section.sources)} hold no text.")
-        random.Random(recipe.seed).shuffle(texts)
-        store.report(f"prepare: {len(texts):,} documents, {duplicates:,} duplicates or empty ones left out")
-        wanted = {
-            "calibration": section.calibration_tokens,
-            "held_out": section.held_out_tokens,
-            "train": section.train_tokens,
-        }
-        statistics: dict[str, Any] = {"documents": len(texts), "left_out": duplicates, "splits": {}}
-        remaining = enumerate(texts)
-        for split in SPLITS:
-            blocks = -(-wanted[split] // section.sequence_length)
-            tokens, numbers, used = _pack(remaining, tokenizer, blocks * section.sequence_length)
-            if len(tokens) < blocks * section.sequence_length:
-                raise UserError(
-                    f"data.text.{split}_tokens: {wanted[split]:,} tokens are asked for, but only "
-                    f"{len(tokens):,} are left after the other splits; give more text or lower it."
+        end = end_of_text(tokenizer)
+        with (work / "documents.txt").open("w+b") as file:
+            kept = _gather(section, recipe.seed, file)
+            store.report(
+                f"prepare: {len(kept.spans):,} documents, {kept.left_out:,} duplicates or empty ones left out"
+            )
+            order = list(range(len(kept.spans)))
+            random.Random(recipe.seed).shuffle(order)
+            remaining = iter(order)
+            statistics: dict[str, Any] = {
+                "documents": len(kept.spans),
+                "left_out": kept.left_out,
+                "sources": kept.by_source,
+                "licence": section.licence,
+                "splits": {},
+            }
+            found = 0
+            for split in SPLITS:
+                asked = getattr(section, f"{split}_tokens")
+                blocks = -(-asked // section.sequence_length)
+                wanted = blocks * section.sequence_length
+                most = (
+                    None if split == "train" else max(section.sequence_length, wanted // DOCUMENTS_AT_LEAST)
                 )
-            shape = (blocks, section.sequence_length)
-            np.save(output / f"{split}.npy", np.array(tokens, np.int32).reshape(shape))
-            np.save(output / f"documents_{split}.npy", np.array(numbers, np.int32).reshape(shape))
-            statistics["splits"][split] = {"documents": used, "tokens": len(tokens)}
+                tokens, numbers = _pack(kept, remaining, tokenizer, end, wanted, most)
+                found += len(tokens)
+                if len(tokens) < wanted:
+                    raise UserError(_too_few(section, split, wanted, len(tokens), found))
+                shape = (blocks, section.sequence_length)
+                np.save(output / f"{split}.npy", np.frombuffer(tokens, np.int32)[:wanted].reshape(shape))
+                numbered = np.frombuffer(numbers, np.int32)[:wanted].reshape(shape)
+                np.save(output / f"documents_{split}.npy", numbered)
+                used = len(np.unique(numbered))
+                statistics["splits"][split] = {"documents": used, "tokens": wanted}
         write_json(output / "statistics.json", statistics)
 
     return store.get_or_make(
@@ -81,38 +106,75 @@ def run(store: Store, recipe: Recipe, teacher: Artifact) -> Artifact:
     )
 
 
-def source_digests(sources: list[str]) -> dict[str, str]:
-    """SHA-256 of every local file that the sources name, so that changed data is never mistaken for old."""
-    digests = {}
-    for source in sources:
-        path = Path(source)
-        if ":" not in source or path.exists():
-            files = [path] if path.is_file() else sorted(path.rglob("*"))
-            for file in files:
-                if file.is_file() and file.suffix in TEXT_SUFFIXES:
-                    digests[file.name if file == path else file.relative_to(path).as_posix()] = (
-                        sha256_of_file(file)
-                    )
-    return digests
+def end_of_text(tokenizer: Any) -> int:
+    """The token between documents: the model's end of text, or else its EOS.
+
+    Raises:
+        UserError: the tokenizer has neither.
+    """
+    vocabulary = tokenizer.get_vocab()
+    for token in END_OF_TEXT:
+        if token in vocabulary:
+            return int(vocabulary[token])
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            "teacher.model: its tokenizer names no end-of-sequence token to put between documents."
+        )
+    return int(tokenizer.eos_token_id)
+
+
+def _gather(section: Text, seed: int, file: BinaryIO) -> Documents:
+    """Writes each distinct document of the sources to a file, so that memory holds hashes and places only.
+
+    Documents are the same when they differ in white space alone.
+    """
+    kept = Documents(file, [], {}, 0)
+    seen: set[bytes] = set()
+    position = 0
+    tokens = section.train_tokens + section.held_out_tokens + section.calibration_tokens
+    for source in section.sources:
+        started, before = position, len(kept.spans)
+        for text in documents(source, section.text_field, seed):
+            digest = hashlib.sha256(" ".join(text.split()).encode()).digest()
+            if not text.strip() or digest in seen:
+                kept.left_out += 1
+                continue
+            seen.add(digest)
+            length = file.write(text.encode())
+            kept.spans.append((position, length))
+            position += length
+            if source.startswith("dataset:") and position - started >= tokens * BYTES_PER_TOKEN:
+                break
+        kept.by_source[source] = len(kept.spans) - before
+    if not kept.spans:
+        raise UserError(f"data.text.sources: {', '.join(section.sources)} hold no text.")
+    return kept
 
 
 def _pack(
-    remaining: Iterator[tuple[int, str]], tokenizer: Any, wanted: int
-) -> tuple[list[int], list[int], int]:
-    """Tokens of whole documents, each followed by an end-of-text token, cut at ``wanted``; the cut-off rest
-    of the last document is dropped, so that it is in no other split."""
-    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    if end is None or end == tokenizer.unk_token_id != tokenizer.eos_token_id:
-        end = tokenizer.eos_token_id if end is None else end
-    tokens: list[int] = []
-    numbers: list[int] = []
-    used = 0
+    kept: Documents, remaining: Iterator[int], tokenizer: Any, end: int, wanted: int, most: int | None
+) -> tuple[array, array]:
+    """Tokens of whole documents, an end-of-text token after each, and each token's document.
+
+    At most ``most`` tokens are taken of a document. What exceeds ``wanted`` or ``most`` is in no other split.
+    """
+    tokens, numbers = array("i"), array("i")
     while len(tokens) < wanted:
-        number, text = next(remaining, (None, None))
-        if number is None or text is None:
+        number = next(remaining, None)
+        if number is None:
             break
-        ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], end]
-        tokens += ids
-        numbers += [number] * len(ids)
-        used += 1
-    return tokens[:wanted], numbers[:wanted], used
+        # Text that looks like a control token is text here.
+        ids = tokenizer(kept.text(number), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids = [*ids, end][:most]
+        tokens.extend(ids)
+        numbers.extend([number] * len(ids))
+    return tokens, numbers
+
+
+def _too_few(section: Text, split: str, wanted: int, left: int, found: int) -> str:
+    asked = section.calibration_tokens + section.held_out_tokens + section.train_tokens
+    return (
+        f"data.text.{split}_tokens: {wanted:,} tokens are needed, but only {left:,} are left after the "
+        f"splits before it (the sources give {found:,} usable tokens, {asked:,} are asked for); give more "
+        "text in data.text.sources, or lower train_tokens, held_out_tokens or calibration_tokens."
+    )

