@@ -5,6 +5,7 @@ checks its SHA-256 and unpacks the converter into the environment.
 """
 
 import argparse
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -32,12 +33,7 @@ def converter_script() -> Path:
     Raises:
         ExportError: it has not been set up, or belongs to another version than the runtime.
     """
-    installed = version("llama-cpp-python")
-    if installed != SOURCE_VERSION:
-        raise ExportError(
-            f"llama-cpp-python is {installed}, but the converter is pinned to {SOURCE_VERSION}; "
-            "install the versions of constraints.txt."
-        )
+    _check_version()
     script = converter_folder() / SCRIPT
     if not script.is_file():
         raise ExportError(
@@ -56,8 +52,10 @@ def install(source_package: Path | None = None) -> Path:
         The folder it is in.
 
     Raises:
-        ExportError: the package cannot be fetched, or its SHA-256 is not the pinned one.
+        ExportError: the package cannot be fetched or read, its SHA-256 is not the pinned one, or the
+            installed runtime is of another version.
     """
+    _check_version()
     destination = converter_folder()
     if (destination / SCRIPT).is_file():
         return destination
@@ -68,10 +66,25 @@ def install(source_package: Path | None = None) -> Path:
         _check(source_package)
         unpacked = Path(temporary) / "unpacked"
         _unpack(source_package, unpacked)
-        if destination.exists():
+        if destination.exists():  # without its script, so what somebody left half removed
             shutil.rmtree(destination)
-        unpacked.rename(destination)
+        try:
+            unpacked.rename(destination)
+        except OSError:
+            # Another process set it up in the meantime; what it unpacked has the same SHA-256.
+            if not (destination / SCRIPT).is_file():
+                raise
     return destination
+
+
+def _check_version() -> None:
+    """The converter and the runtime must be of one commit: each knows what the other writes or reads."""
+    installed = version("llama-cpp-python")
+    if installed != SOURCE_VERSION:
+        raise ExportError(
+            f"llama-cpp-python is {installed}, but the converter is pinned to {SOURCE_VERSION}; "
+            "install the versions of constraints.txt."
+        )
 
 
 def _fetch(folder: Path) -> Path:
@@ -88,10 +101,11 @@ def _fetch(folder: Path) -> Path:
 
 
 def _check(source_package: Path) -> None:
-    import hashlib
-
-    with source_package.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with source_package.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ExportError(f"{source_package}: cannot be read ({error.strerror}).") from error
     if digest != SOURCE_SHA256:
         raise ExportError(
             f"{source_package}: SHA-256 is {digest}, not the pinned {SOURCE_SHA256}; it is not used."

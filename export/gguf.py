@@ -1,7 +1,7 @@
 """GGUF: converted by llama.cpp's own converter, quantized by llama.cpp, read back by the ``gguf`` package."""
 
 import json
-import shutil
+import os
 import subprocess
 import sys
 import tempfile
@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from export.errors import ExportError
 
@@ -31,6 +33,10 @@ QUANTIZATIONS: dict[str, str] = {
 CONVERTED = ("f16", "bf16")
 """Those that the converter writes itself."""
 
+DATA_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".md")
+"""What the converter gets to see of a model folder: data. It opens tokenizers with ``trust_remote_code``, so
+Python files stay behind, and so do pickles."""
+
 
 def export_gguf(
     model_dir: Path,
@@ -38,10 +44,11 @@ def export_gguf(
     name: str,
     quantizations: Sequence[str],
     *,
+    importance_matrix: Mapping[str, np.ndarray] | None = None,
     pre_tokenizer: str | None = None,
     metadata: Mapping[str, Any] | None = None,
     threads: int = 2,
-    progress: Callable[[str], None] = lambda line: None,
+    progress: Callable[[str], None] | None = None,
 ) -> list[Path]:
     """Exports a Hugging Face folder to GGUF files ``NAME-QUANTIZATION.gguf``.
 
@@ -50,6 +57,8 @@ def export_gguf(
         output_dir: receives the files, all or none; must not exist or be empty.
         name: first part of the file names.
         quantizations: keys of ``QUANTIZATIONS``.
+        importance_matrix: for each GGUF tensor name (``blk.0.attn_q.weight``) the mean square of what each of
+            its columns is multiplied with, float32 [columns]; weighs the rounding errors of quantization.
         pre_tokenizer: llama.cpp's name of the pre-tokenizer, for one that the converter does not recognise.
         metadata: keys of a hub model card that belong into the file (``license``, ``base_model``,
             ``language``, ``tags``), in place of those of the folder's own README.md.
@@ -60,8 +69,9 @@ def export_gguf(
         The files, in the order of ``quantizations``.
 
     Raises:
-        ExportError: a quantization does not exist, the folder holds no safetensors, the converter refuses
-            the model, or the file does not say the same as the folder's configuration.
+        ExportError: a quantization does not exist, the folder holds no readable safetensors, the converter
+            refuses the model, the importance matrix does not fit it, or a file does not say the same as the
+            folder's configuration.
     """
     from export.converter import converter_script
 
@@ -71,11 +81,13 @@ def export_gguf(
             raise ExportError(
                 f"There is no GGUF quantization {quantization!r}; choose from {', '.join(QUANTIZATIONS)}."
             )
-    if not list(model_dir.glob("*.safetensors")):
-        raise ExportError(f"{model_dir}: no .safetensors file; export a folder with safetensors.")
-    if output_dir.exists() and any(output_dir.iterdir()):
-        raise ExportError(f"{output_dir}: is not empty; give a new folder.")
+    if Path(name).name != name:
+        raise ExportError(f"{name!r} cannot begin a file name; give a name without slashes.")
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ExportError(f"{output_dir}: is not an empty folder; give a new one.")
+    weights = _weight_names(model_dir)
     script = converter_script()
+    report = progress or (lambda line: None)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=".gguf-") as temporary:
         staging, files = Path(temporary) / "model", Path(temporary) / "files"
@@ -83,54 +95,94 @@ def export_gguf(
         config = stage_model(model_dir, staging)
         if metadata:
             _write_card(staging / "README.md", metadata)
-        paths = []
-        base: dict[str, Path] = {}
+        converted: dict[str, Path] = {}
 
-        def converted(file_type: str) -> Path:
-            if file_type not in base:
-                progress(f"gguf: converting to {file_type}")
-                path = Path(temporary) / f"{name}-{file_type}.gguf"
+        def convert(file_type: str) -> Path:
+            if file_type not in converted:
+                report(f"gguf: converting to {file_type}")
+                folder = files if file_type in quantizations else Path(temporary)
+                path = folder / f"{name}-{file_type}.gguf"
                 _convert(script, staging, path, file_type, pre_tokenizer, name, model_dir)
-                _check(path, model_dir, config)
-                base[file_type] = path
-            return base[file_type]
+                check_gguf(path, model_dir, config, weights)
+                converted[file_type] = path
+            return converted[file_type]
 
-        for quantization in quantizations:
-            path = files / f"{name}-{quantization}.gguf"
+        for quantization in dict.fromkeys(quantizations):
             if quantization in CONVERTED:
-                shutil.copyfile(converted(quantization), path)
-            else:
-                source = converted("f16")
-                progress(f"gguf: quantizing to {quantization}")
-                _quantize(source, path, QUANTIZATIONS[quantization], threads)
-                _check(path, model_dir, config)
-            paths.append(output_dir / path.name)
+                convert(quantization)
+                continue
+            source = convert("f16")
+            report(f"gguf: quantizing to {quantization}")
+            path = files / f"{name}-{quantization}.gguf"
+            quantize_gguf(source, path, quantization, importance_matrix=importance_matrix, threads=threads)
+            check_gguf(path, model_dir, config, weights)
         if output_dir.exists():
             output_dir.rmdir()
         files.rename(output_dir)
-    return paths
+    return [output_dir / f"{name}-{quantization}.gguf" for quantization in quantizations]
+
+
+def quantize_gguf(
+    source: Path,
+    path: Path,
+    quantization: str,
+    *,
+    importance_matrix: Mapping[str, np.ndarray] | None = None,
+    threads: int = 2,
+) -> None:
+    """Quantizes a 16-bit GGUF file with llama.cpp.
+
+    Args:
+        source: the 16-bit GGUF file.
+        path: the file to write.
+        quantization: key of ``QUANTIZATIONS``.
+        importance_matrix: as of ``export_gguf``; tensors that it does not name are quantized without.
+        threads: CPU threads.
+
+    Raises:
+        ExportError: the importance matrix does not fit the file, or llama.cpp refuses it.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".quantize-") as temporary:
+        arguments = [str(source), f"{temporary}/quantized.gguf", QUANTIZATIONS[quantization], str(threads)]
+        if importance_matrix:
+            matrix_file = Path(temporary) / "importance.safetensors"
+            _write_importance_matrix(matrix_file, importance_matrix, source)
+            arguments.append(str(matrix_file))
+        finished = _run_beside("gguf_quantize_process.py", *arguments)
+        if finished.returncode != 0:
+            raise ExportError(
+                f"{path.name}: llama.cpp cannot quantize to {quantization} ({_last_line(finished)})."
+            )
+        Path(arguments[1]).rename(path)
 
 
 def stage_model(model_dir: Path, staging: Path) -> dict[str, Any]:
-    """Copies a model folder by links, with ``rope_theta`` at the top level of its configuration.
+    """Links a model folder's data into a new folder, with a configuration that older readers understand.
 
-    transformers 5 writes ``rope_parameters`` only; readers of the older key would silently take 10000.
+    transformers 5 writes ``rope_parameters`` only; readers of the top-level ``rope_theta`` would silently
+    take 10000. Python files and ``auto_map`` are left out: nothing of the folder may run as code.
 
     Returns:
         The completed configuration.
+
+    Raises:
+        ExportError: config.json or tokenizer_config.json cannot be read.
     """
     staging.mkdir()
-    try:
-        config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{model_dir / 'config.json'}: cannot be read ({error}).") from None
+    config = _read_json(model_dir / "config.json")
+    config.pop("auto_map", None)
     parameters = config.get("rope_parameters")
     if isinstance(parameters, dict) and "rope_theta" in parameters:
         config.setdefault("rope_theta", parameters["rope_theta"])
+    rewritten = {"config.json": config}
+    if (model_dir / "tokenizer_config.json").is_file():
+        rewritten["tokenizer_config.json"] = _read_json(model_dir / "tokenizer_config.json")
+        rewritten["tokenizer_config.json"].pop("auto_map", None)
     for path in model_dir.iterdir():
-        if path.is_file() and path.name != "config.json":
+        if path.is_file() and path.suffix in DATA_SUFFIXES and path.name not in rewritten:
             (staging / path.name).symlink_to(path.resolve())
-    (staging / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    for file_name, content in rewritten.items():
+        (staging / file_name).write_text(json.dumps(content, indent=2), encoding="utf-8")
     return config
 
 
@@ -165,68 +217,184 @@ def _convert(
     model_dir: Path,
 ) -> None:
     named = ["--martlet-pre-tokenizer", pre_tokenizer] if pre_tokenizer else []
-    driver = Path(__file__).with_name("gguf_conversion_driver.py")
-    finished = subprocess.run(
-        [
-            *(sys.executable, str(driver), str(script), *named, str(staging)),
-            *("--outfile", str(path), "--outtype", file_type, "--model-name", name),
-        ],
-        capture_output=True,
-        text=True,
+    finished = _run_beside(
+        "gguf_conversion_driver.py",
+        *(str(script), *named, str(staging), "--outfile", str(path)),
+        *("--outtype", file_type, "--model-name", name),
     )
     if finished.returncode == 0 and path.is_file():
         return
-    lines = [line.strip() for line in finished.stderr.splitlines() if line.strip()]
-    reason = lines[-1] if lines else f"exit status {finished.returncode}"
     if "pre-tokenizer was not recognized" in finished.stderr:
         raise ExportError(
             f"{model_dir / 'tokenizer.json'}: llama.cpp's converter does not recognise this pre-tokenizer; "
             "name the one it is like (pre_tokenizer, such as gpt-2, qwen2 or smollm), which the token-id "
             "gate then proves."
         )
-    raise ExportError(f"{model_dir}: llama.cpp's converter refuses this model ({reason}).")
+    raise ExportError(f"{model_dir}: llama.cpp's converter refuses this model ({_last_line(finished)}).")
 
 
-def _quantize(source: Path, path: Path, file_type: str, threads: int) -> None:
-    finished = subprocess.run(
-        [
-            *(sys.executable, "-m", "export.gguf_quantize_process"),
-            *(str(source), str(path), file_type, str(threads)),
-        ],
+def _run_beside(file_name: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Runs a script of this folder in its own process, without the network.
+
+    ``-P`` keeps this folder off the script's import path, where ``onnx.py`` would pass for the library.
+    """
+    script = Path(__file__).with_name(file_name)
+    return subprocess.run(
+        [sys.executable, "-P", str(script), *arguments],
         capture_output=True,
         text=True,
+        errors="replace",
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
-    if finished.returncode != 0 or not path.is_file():
-        lines = [line.strip() for line in finished.stderr.splitlines() if line.strip()]
-        reason = lines[-1] if lines else f"exit status {finished.returncode}"
-        raise ExportError(f"{path.name}: llama.cpp cannot quantize to this type ({reason}).")
 
 
-def _check(path: Path, model_dir: Path, config: Mapping[str, Any]) -> None:
-    """What a GGUF file says of the model against the folder's configuration, by the format's own reader."""
+def _last_line(finished: "subprocess.CompletedProcess[str]") -> str:
+    lines = [line.strip() for line in finished.stderr.splitlines() if line.strip()]
+    return lines[-1] if lines else f"exit status {finished.returncode}"
+
+
+def _write_importance_matrix(path: Path, matrix: Mapping[str, np.ndarray], source: Path) -> None:
+    """Checks an importance matrix against a GGUF file, since llama.cpp aborts on one that does not fit."""
+    from gguf import GGUFReader
+    from safetensors.numpy import save_file
+
+    columns = {tensor.name: int(tensor.shape[0]) for tensor in GGUFReader(source).tensors}
+    for tensor, importance in matrix.items():
+        if tensor not in columns:
+            raise ExportError(f"importance matrix: {tensor!r} is no tensor of {source.name}.")
+        if importance.shape != (columns[tensor],):
+            raise ExportError(
+                f"importance matrix: {tensor} has shape {list(importance.shape)}, but the tensor has "
+                f"{columns[tensor]} columns."
+            )
+        if not np.isfinite(importance).all() or importance.min() < 0 or importance.max() == 0:
+            raise ExportError(
+                f"importance matrix: {tensor} must be finite, not negative and not zero everywhere."
+            )
+    save_file({name: np.ascontiguousarray(values, dtype=np.float32) for name, values in matrix.items()}, path)
+
+
+def check_gguf(path: Path, model_dir: Path, config: Mapping[str, Any], weights: set[str]) -> None:
+    """Compares what a GGUF file says of the model with the folder, by the format's own reader.
+
+    Args:
+        path: the GGUF file.
+        model_dir: the folder it was made of.
+        config: the folder's configuration, as of ``stage_model``.
+        weights: names of the folder's tensors.
+
+    Raises:
+        ExportError: rope theta, context length, norm epsilon, chat template, special tokens, vocabulary size
+            or tied head is not the model's.
+    """
     from gguf import GGUFReader
 
-    reader = GGUFReader(path)
-    text = config.get("text_config", config)
+    try:
+        reader = GGUFReader(path)
+    except (OSError, ValueError, IndexError) as error:
+        raise ExportError(f"{path.name}: is no readable GGUF file ({error}).") from error
+    text = {**config, **config.get("text_config", {})}
     architecture = _field(reader, "general.architecture")
+    rope = text.get("rope_parameters") or {}
+    theta = rope.get("full_attention", rope).get("rope_theta", text.get("rope_theta"))
     expected = {
-        f"{architecture}.rope.freq_base": config.get("rope_theta", text.get("rope_theta")),
-        f"{architecture}.context_length": text.get("max_position_embeddings"),
-        f"{architecture}.block_count": text.get("num_hidden_layers"),
-        f"{architecture}.embedding_length": text.get("hidden_size"),
+        "rope.freq_base": theta,
+        "rope.freq_base_swa": rope.get("sliding_attention", {}).get("rope_theta"),
+        "context_length": text.get("max_position_embeddings"),
+        "attention.layer_norm_rms_epsilon": text.get("rms_norm_eps"),
     }
+    # llama.cpp takes these where the file says nothing.
+    defaults = {"rope.freq_base": 10000.0, "rope.freq_base_swa": 10000.0}
     for key, wanted in expected.items():
-        found = _field(reader, key)
-        if (
-            wanted is not None
-            and found is not None
-            and abs(float(found) - float(wanted)) > 1e-6 * abs(wanted)
-        ):
-            raise ExportError(f"{path.name}: {key} is {found}, but the model's configuration says {wanted}.")
-    template = _field(reader, "tokenizer.chat_template")
-    wanted_template = _chat_template(model_dir)
-    if wanted_template is not None and template != wanted_template:
+        found = _field(reader, f"{architecture}.{key}")
+        found = defaults.get(key) if found is None else found
+        if wanted is None or found is None:
+            continue
+        # The file holds float32.
+        if abs(float(found) - float(wanted)) > 1e-6 * abs(float(wanted)):
+            raise ExportError(
+                f"{path.name}: {architecture}.{key} is {found}, but the model's configuration says {wanted}."
+            )
+    template = _chat_template(model_dir)
+    if template is not None and _field(reader, "tokenizer.chat_template") != template:
         raise ExportError(f"{path.name}: tokenizer.chat_template is not the model's own template.")
+    _check_tokens(reader, path, model_dir, text)
+    _check_head(reader, path, text, weights)
+
+
+def _check_tokens(reader: Any, path: Path, model_dir: Path, text: Mapping[str, Any]) -> None:
+    field = reader.get_field("tokenizer.ggml.tokens")
+    count = 0 if field is None else len(field.data)
+    rows = next((int(each.shape[1]) for each in reader.tensors if each.name == "token_embd.weight"), count)
+    if count != rows or count > text.get("vocab_size", count):
+        raise ExportError(
+            f"{path.name}: has {count} tokens and {rows} rows of embeddings, but the model's configuration "
+            f"says {text.get('vocab_size')}."
+        )
+    if not (model_dir / "tokenizer.json").is_file():
+        return
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+    needed = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    if count < needed:
+        raise ExportError(f"{path.name}: has {count} tokens, but the model's tokenizer has {needed}.")
+    settings = _read_json(model_dir / "tokenizer_config.json")
+    for kind in ("bos", "eos", "eot"):
+        named = settings.get(f"{kind}_token")
+        named = named.get("content") if isinstance(named, dict) else named
+        # Where the folder's files name several, as base and chat model do, any of them is the model's.
+        wanted = {tokenizer.token_to_id(named)} if named else set()
+        for source in ("config.json", "generation_config.json"):
+            ids = _read_json(model_dir / source).get(f"{kind}_token_id") if wanted else None
+            wanted.update(ids if isinstance(ids, list) else [ids])
+        found = _field(reader, f"tokenizer.ggml.{kind}_token_id")
+        if named and found is not None and found not in wanted:
+            raise ExportError(
+                f"{path.name}: tokenizer.ggml.{kind}_token_id is {found}, but the model's {kind}_token is "
+                f"{named!r}, id {tokenizer.token_to_id(named)}."
+            )
+        if named and found is None and kind == "eos":
+            raise ExportError(f"{path.name}: names no eos, but the model's eos_token is {named!r}.")
+
+
+def _check_head(reader: Any, path: Path, text: Mapping[str, Any], weights: set[str]) -> None:
+    has_head = any(tensor.name == "output.weight" for tensor in reader.tensors)
+    tied = text.get("tie_word_embeddings")
+    if tied and has_head:
+        raise ExportError(f"{path.name}: has an output.weight, but the model's head is its embedding.")
+    if not tied and not has_head and "lm_head.weight" in weights:
+        raise ExportError(f"{path.name}: has no output.weight, but the model's head is not its embedding.")
+
+
+def _weight_names(model_dir: Path) -> set[str]:
+    """Names of a folder's tensors; opening the files finds the truncated ones before the converter does."""
+    from safetensors import SafetensorError, safe_open
+
+    paths = sorted(model_dir.glob("*.safetensors"))
+    if not paths:
+        raise ExportError(f"{model_dir}: no .safetensors file; export a folder with safetensors.")
+    names: set[str] = set()
+    for path in paths:
+        try:
+            with safe_open(path, framework="np") as file:
+                names.update(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise ExportError(f"{path}: is no complete safetensors file ({error}).") from error
+    return names
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """An object of a JSON file; empty where an optional file is missing."""
+    if not path.is_file() and path.name != "config.json":
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path}: cannot be read ({error}).") from None
+    if not isinstance(content, dict):
+        raise ExportError(f"{path}: must hold a JSON object.")
+    return content
 
 
 def _field(reader: Any, key: str) -> Any:
@@ -238,8 +406,5 @@ def _chat_template(model_dir: Path) -> str | None:
     file = model_dir / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    configuration = model_dir / "tokenizer_config.json"
-    if not configuration.is_file():
-        return None
-    template = json.loads(configuration.read_text(encoding="utf-8")).get("chat_template")
+    template = _read_json(model_dir / "tokenizer_config.json").get("chat_template")
     return template if isinstance(template, str) else None

@@ -1,6 +1,7 @@
 """GGUF files in llama.cpp, through llama-cpp-python."""
 
 import ctypes
+import json
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import Any
 import llama_cpp
 import numpy as np
 from jinja2 import Template, TemplateError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from export.errors import ExportError
@@ -42,6 +46,7 @@ class LlamaCppRuntime:
         Raises:
             ExportError: llama.cpp refuses the file.
         """
+        self._path = Path(path)
         llama_cpp.llama_log_set(_only_errors, ctypes.c_void_p(0))
         _errors.clear()
         llama_cpp.llama_backend_init()
@@ -54,13 +59,18 @@ class LlamaCppRuntime:
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self.trained_context_length = llama_cpp.llama_model_n_ctx_train(self._model)
         self.context_length = context_length or min(self.trained_context_length, MAXIMUM_CONTEXT)
-        self.vocabulary_size = llama_cpp.llama_vocab_n_tokens(self._vocab)
+        self._rows = llama_cpp.llama_vocab_n_tokens(self._vocab)
+        self.vocabulary_size = self._rows
+        # The converter fills the vocabulary up to the embedding's rows with tokens that it marks as unused.
+        while self.vocabulary_size and (
+            llama_cpp.llama_vocab_get_attr(self._vocab, self.vocabulary_size - 1)
+            & llama_cpp.LLAMA_TOKEN_ATTR_UNUSED
+        ):
+            self.vocabulary_size -= 1
         eos = llama_cpp.llama_vocab_eos(self._vocab)
         self.eos_token_id: int | None = eos if eos >= 0 else None
         self.end_of_turn_ids = tuple(
-            token_id
-            for token_id in range(self.vocabulary_size)
-            if llama_cpp.llama_vocab_is_eog(self._vocab, token_id)
+            token_id for token_id in range(self._rows) if llama_cpp.llama_vocab_is_eog(self._vocab, token_id)
         )
         context = llama_cpp.llama_context_default_params()
         context.n_ctx = self.context_length
@@ -99,27 +109,40 @@ class LlamaCppRuntime:
             text = self._template().render(
                 messages=list(messages),
                 add_generation_prompt=add_generation_prompt,
-                bos_token=self._token_text(llama_cpp.llama_vocab_bos(self._vocab)),
-                eos_token=self._token_text(llama_cpp.llama_vocab_eos(self._vocab)),
+                tools=None,
+                documents=None,
+                **self._special_tokens(),
             )
-        except TemplateError as error:
-            raise ExportError(f"The file's chat template cannot be rendered ({error}).") from error
+        except (TemplateError, TypeError, ValueError, LookupError) as error:
+            raise ExportError(f"{self._path}: its chat template cannot be rendered ({error}).") from error
         return self._tokenize(text, add_special=True)
 
     def _template(self) -> Template:
         if self._compiled_template is None:
             if self.chat_template is None:
-                raise ExportError("The file holds no chat template.")
-            environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+                raise ExportError(f"{self._path}: holds no chat template.")
+            # As transformers sets it up, whose renderings are the reference.
+            environment = ImmutableSandboxedEnvironment(
+                trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+            )
+            environment.filters["tojson"] = _to_json
             environment.globals["raise_exception"] = _raise_exception
             environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
             self._compiled_template = environment.from_string(self.chat_template)
         return self._compiled_template
 
-    def _token_text(self, token_id: int) -> str:
-        if token_id < 0:
-            return ""
-        return llama_cpp.llama_vocab_get_text(self._vocab, token_id).decode(errors="replace")
+    def _special_tokens(self) -> dict[str, str]:
+        """Names that templates use, for those special tokens that the file names."""
+        ids = {
+            "bos_token": llama_cpp.llama_vocab_bos(self._vocab),
+            "eos_token": llama_cpp.llama_vocab_eos(self._vocab),
+            "pad_token": llama_cpp.llama_vocab_pad(self._vocab),
+        }
+        return {
+            name: llama_cpp.llama_vocab_get_text(self._vocab, token_id).decode(errors="replace")
+            for name, token_id in ids.items()
+            if token_id >= 0
+        }
 
     def decode_text(self, token_ids: Sequence[int]) -> str:
         """See ``Runtime.decode_text``."""
@@ -136,11 +159,15 @@ class LlamaCppRuntime:
         self._used = 0
 
     def _run(self, token_ids: Sequence[int], every_position: bool) -> np.ndarray:
+        if not len(token_ids):
+            raise ExportError("There is no token to run; give at least one.")
         if self._used + len(token_ids) > self.context_length:
             raise ExportError(
                 f"{self._used + len(token_ids)} tokens do not fit into a context of {self.context_length}."
             )
-        rows = []
+        # Written into place: the logits of 2048 tokens take a gigabyte at large vocabularies.
+        logits = np.empty((len(token_ids) if every_position else 1, self.vocabulary_size), dtype=np.float32)
+        row = 0
         batch = self._batch
         for start in range(0, len(token_ids), self._batch_size):
             part = token_ids[start : start + self._batch_size]
@@ -158,9 +185,10 @@ class LlamaCppRuntime:
             self._used += len(part)
             places = range(len(part)) if every_position else ([len(part) - 1] if last else [])
             for place in places:
-                logits = llama_cpp.llama_get_logits_ith(self._context, place)
-                rows.append(np.ctypeslib.as_array(logits, shape=(self.vocabulary_size,)).copy())
-        return np.stack(rows)
+                pointer = llama_cpp.llama_get_logits_ith(self._context, place)
+                logits[row] = np.ctypeslib.as_array(pointer, shape=(self.vocabulary_size,))
+                row += 1
+        return logits
 
     def forward(self, token_ids: Sequence[int]) -> np.ndarray:
         """See ``Runtime.forward``."""
@@ -176,9 +204,28 @@ class LlamaCppRuntime:
 
     def close(self) -> None:
         """See ``Runtime.close``."""
+        if self._model is None:
+            return
         llama_cpp.llama_batch_free(self._batch)
         llama_cpp.llama_free(self._context)
         llama_cpp.llama_model_free(self._model)
+        self._model = self._context = None
+
+
+class _Generation(Extension):
+    """``{% generation %}`` marks what the assistant says, for training; rendering passes it through."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> list[Node]:
+        """The nodes between the two tags."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    # jinja's own filter escapes HTML.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
 
 def _raise_exception(message: str) -> None:

@@ -31,17 +31,22 @@ class TorchRuntime:
             raise ExportError(f"{path}: no .safetensors file; only safetensors are loaded.")
         torch.set_num_threads(threads)
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
-            self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
-            config = AutoConfig.from_pretrained(path).get_text_config()
+            safe = {"trust_remote_code": False, "local_files_only": True}
+            self.tokenizer = AutoTokenizer.from_pretrained(path, **safe)
+            self.model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=torch.float32, use_safetensors=True, **safe
+            )
+            config = AutoConfig.from_pretrained(path, **safe).get_text_config()
         except Exception as error:
-            raise ExportError(f"{path}: cannot be loaded in transformers ({error}).") from error
+            reason = " ".join(str(error).split())
+            raise ExportError(f"{path}: cannot be loaded in transformers ({reason}).") from error
         self.model.eval().requires_grad_(False)
         self.trained_context_length = int(config.max_position_embeddings)
         self.context_length = context_length or self.trained_context_length
         self.eos_token_id: int | None = self.tokenizer.eos_token_id
         self.vocabulary_size = min(int(config.vocab_size), max(self.tokenizer.get_vocab().values()) + 1)
         ends = self.model.generation_config.eos_token_id
+        ends = self.eos_token_id if ends is None else ends
         ends = ends if isinstance(ends, list) else [ends]
         self.end_of_turn_ids = tuple(sorted({int(end) for end in ends if end is not None}))
         self.reset()
@@ -67,6 +72,8 @@ class TorchRuntime:
 
     @torch.no_grad()
     def _run(self, token_ids: Sequence[int], keep: int) -> np.ndarray:
+        if not len(token_ids):
+            raise ExportError("There is no token to run; give at least one.")
         used = self.cache.get_seq_length()
         if used + len(token_ids) > self.context_length:
             raise ExportError(
