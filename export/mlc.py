@@ -11,6 +11,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ ATTENTION_NAMES = {"llama": "qkv_proj", "qwen2": "c_attn"}
 """Model types that can be exported, and MLC's name of their fused attention input."""
 
 PREFILL_CHUNK = 2048
-PLAIN_CONTENTS = ("Hello", " a b ", "", "\n", "x\n\ny", "1 + 2 = 3", "日本語 😀", "<|im_end|>", "{{ x }}")
+PROBES = ("Hello", " a b ", "", "\n", "x\n\ny", "1 + 2 = 3", "日本語 😀", "<|im_end|>", "{{ x }}", "it's")
+"""Contents of the conversations that prove a chat configuration."""
 
 
 def export_mlc(
@@ -39,6 +41,7 @@ def export_mlc(
     name: str,
     quantization: str = "q4f32_1",
     *,
+    context_length: int | None = None,
     compile_cpu: bool = True,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Path:
@@ -49,6 +52,7 @@ def export_mlc(
         output_dir: the folder to make; must not exist or be empty.
         name: first part of the library's name.
         quantization: a key of ``QUANTIZATIONS``.
+        context_length: ``context_window_size`` in tokens, at most the model's own, which is the default.
         compile_cpu: also compile ``libs/NAME-QUANTIZATION-x86_64-cpu.so``.
         progress: receives one line at the start of each step.
 
@@ -58,7 +62,7 @@ def export_mlc(
 
     Raises:
         ExportError: the quantization or the model family is not supported, widths are not divisible by 32,
-            or the chat template cannot be said in MLC's terms.
+            the context is longer than the model's, or the chat template cannot be said in MLC's terms.
     """
     from export.mlc_model import compile_library
 
@@ -72,6 +76,13 @@ def export_mlc(
     if output_dir.exists() and any(output_dir.iterdir()):
         raise ExportError(f"{output_dir}: is not empty; give a new folder.")
     architecture = read_architecture(model_dir, quantization)
+    if context_length is not None:
+        if not 0 < context_length <= architecture.context_length:
+            raise ExportError(
+                f"context_length {context_length} must lie between 1 and the {architecture.context_length} "
+                f"tokens of {model_dir / 'config.json'}."
+            )
+        architecture = replace(architecture, context_length=context_length)
     config = chat_config(model_dir, architecture, quantization)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=".mlc-") as temporary:
@@ -112,6 +123,12 @@ def read_architecture(model_dir: Path, quantization: str) -> Any:
             f"{model_dir / 'config.json'}: model_type {model_type!r} cannot be exported to MLC; "
             f"supported are {', '.join(ATTENTION_NAMES)}."
         )
+    needed = ("num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+    for key in (*needed, "rms_norm_eps", "max_position_embeddings"):
+        if key not in config:
+            raise ExportError(f"{model_dir / 'config.json'}: holds no {key}, which a {model_type} model has.")
+    if config.get("use_sliding_window"):
+        raise ExportError(f"{model_dir / 'config.json'}: sliding-window attention cannot be exported to MLC.")
     # transformers 5 writes rope_parameters, earlier ones rope_theta and rope_scaling.
     rope = config.get("rope_parameters") or {
         "rope_theta": config.get("rope_theta", 10000.0),
@@ -134,7 +151,7 @@ def read_architecture(model_dir: Path, quantization: str) -> Any:
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
         vocabulary_size=config["vocab_size"],
         norm_epsilon=config["rms_norm_eps"],
-        rope_theta=float(rope["rope_theta"]),
+        rope_theta=float(rope.get("rope_theta", 10000.0)),
         tied=bool(config.get("tie_word_embeddings")),
         attention_bias=model_type == "qwen2" or bool(config.get("attention_bias")),
         attention_name=ATTENTION_NAMES[model_type],
@@ -142,9 +159,12 @@ def read_architecture(model_dir: Path, quantization: str) -> Any:
         weight_dtype=QUANTIZATIONS[quantization][0],
         context_length=config["max_position_embeddings"],
     )
-    for key in ("hidden_size", "intermediate_size"):
-        if getattr(architecture, key) % GROUP:
-            width = getattr(architecture, key)
+    for key, width in (
+        ("hidden_size", architecture.hidden_size),
+        ("intermediate_size", architecture.intermediate_size),
+        ("num_attention_heads times head_dim", architecture.heads * architecture.head_dim),
+    ):
+        if width % GROUP:
             raise ExportError(f"{model_dir / 'config.json'}: {key} {width} is not divisible by {GROUP}.")
     if architecture.head_dim % 8:
         raise ExportError(f"{model_dir / 'config.json'}: head_dim must be divisible by 8.")
@@ -264,7 +284,9 @@ def chat_config(model_dir: Path, architecture: Any, quantization: str) -> dict[s
     generation_file = model_dir / "generation_config.json"
     generation = json.loads(generation_file.read_text(encoding="utf-8")) if generation_file.is_file() else {}
     ends = generation.get("eos_token_id", config.get("eos_token_id"))
-    ends = sorted(ends) if isinstance(ends, list) else [ends]
+    ends = [int(end) for end in (sorted(ends) if isinstance(ends, list) else [ends]) if end is not None]
+    if not ends:
+        raise ExportError(f"{model_dir}: neither generation_config.json nor config.json has an eos_token_id.")
     chunk = min(PREFILL_CHUNK, architecture.context_length)
     files = [
         file
@@ -273,6 +295,8 @@ def chat_config(model_dir: Path, architecture: Any, quantization: str) -> dict[s
     ]
     if "tokenizer.json" not in files:
         raise ExportError(f"{model_dir}: holds no tokenizer.json, which MLC needs.")
+    template = conversation_template(tokenizer, ends)
+    _prove_token_ids(template, tokenizer, model_dir / "tokenizer.json")
     return {
         "version": "0.1.0",
         "model_type": config["model_type"],
@@ -310,12 +334,8 @@ def chat_config(model_dir: Path, architecture: Any, quantization: str) -> dict[s
         "repetition_penalty": generation.get("repetition_penalty", 1.0),
         "top_p": generation.get("top_p", 1.0),
         "tokenizer_files": files,
-        "tokenizer_info": {
-            "token_postproc_method": "byte_level",
-            "prepend_space_in_encode": False,
-            "strip_space_in_decode": False,
-        },
-        "conv_template": conversation_template(tokenizer, [int(end) for end in ends if end is not None]),
+        "tokenizer_info": tokenizer_info(model_dir / "tokenizer.json"),
+        "conv_template": template,
         "pad_token_id": _first(config.get("pad_token_id"), generation.get("pad_token_id"), 0),
         "bos_token_id": _first(config.get("bos_token_id"), tokenizer.bos_token_id, 0),
         "eos_token_id": ends[0] if len(ends) == 1 else ends,
@@ -328,11 +348,41 @@ def _first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
+def tokenizer_info(file: Path) -> dict[str, Any]:
+    """``tokenizer_info`` as MLC detects it from ``tokenizer.json``.
+
+    Args:
+        file: the tokenizer.json.
+
+    Returns:
+        ``token_postproc_method`` ("byte_level", or "byte_fallback", which is also MLC's answer where neither
+        decoder is found), ``prepend_space_in_encode`` and ``strip_space_in_decode``.
+    """
+    content = json.loads(file.read_text(encoding="utf-8"))
+
+    def steps(kind: str) -> list[dict[str, Any]]:
+        step = content.get(kind) or {}
+        return step.get(f"{kind}s", []) if step.get("type") == "Sequence" else [step]
+
+    decoders = steps("decoder")
+    methods = {"ByteLevel": "byte_level", "ByteFallback": "byte_fallback"}
+    found = [methods[step["type"]] for step in decoders if step.get("type") in methods]
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    return {
+        "token_postproc_method": found[-1] if found else "byte_fallback",
+        "prepend_space_in_encode": {"type": "Prepend", "prepend": "▁"} in steps("normalizer"),
+        "strip_space_in_decode": strip in decoders,
+    }
+
+
 def conversation_template(tokenizer: Any, end_of_turn_ids: Sequence[int]) -> dict[str, Any]:
     """MLC's ``conv_template`` for a model's own chat template.
 
     The template is probed with marked messages, and what stands between the marks becomes MLC's headers and
     separators. The result is then proven: it must render a set of conversations to the same text.
+
+    MLC always writes the system part, with the template's default message where the conversation has none. A
+    template that marks a system message but writes nothing without one can therefore not be said.
 
     Args:
         tokenizer: a `transformers` tokenizer with a chat template.
@@ -348,7 +398,6 @@ def conversation_template(tokenizer: Any, end_of_turn_ids: Sequence[int]) -> dic
         turns = [{"role": role, "content": content} for role, content in messages]
         return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
 
-    refused = ExportError("The chat template cannot be said in MLC's conv_template.")
     s, u, a, v = "zsystemz", "zfirstz", "zanswerz", "zsecondz"
     try:
         user_separator = render([("user", u)]).split(u)[1]
@@ -358,26 +407,23 @@ def conversation_template(tokenizer: Any, end_of_turn_ids: Sequence[int]) -> dic
         assistant_separator = render([("user", u), ("assistant", a)]).split(a)[1]
         user_header = talk.split(a)[1].split(v)[0].removeprefix(assistant_separator)
         prefix = render([("user", u)]).split(u)[0].removesuffix(user_header)
-    except IndexError:
-        raise refused from None
-    try:
-        system = render([("system", s), ("user", u)]).split(u)[0].removesuffix(user_header)
-        before_system, after_system = system.split(s)
-    except Exception:  # a template may refuse system messages in its own way
-        before_system, after_system = prefix, ""
-    system_message = ""
-    if prefix and prefix.startswith(before_system) and prefix.endswith(after_system):
-        system_message = prefix[len(before_system) : len(prefix) - len(after_system)]
-    elif prefix:
-        raise refused
+    except Exception as error:  # templates raise what they like; a lost mark is an IndexError
+        raise ExportError(
+            f"The chat template cannot be said in MLC's conv_template: it refuses or loses plain turns "
+            f"({error})."
+        ) from None
+    system_template, system_message, system_allowed = _system_part(render, s, u, user_header, prefix)
     content_separator = "\n" if user_header.endswith("\n") and assistant_header.endswith("\n") else ""
     assistant_role = assistant_header.removesuffix(content_separator)
     if not assistant_prompt.startswith(assistant_role):
-        raise refused
+        raise ExportError(
+            "The chat template cannot be said in MLC's conv_template: it opens an answer with "
+            f"{assistant_prompt!r} but writes answers after {assistant_header!r}."
+        )
     one = user_separator == assistant_separator
     template = {
         "name": "custom",
-        "system_template": f"{before_system}{{system_message}}{after_system}",
+        "system_template": system_template,
         "system_message": system_message,
         "system_prefix_token_ids": None,
         "add_role_after_system_message": True,
@@ -397,35 +443,99 @@ def conversation_template(tokenizer: Any, end_of_turn_ids: Sequence[int]) -> dic
         "function_string": "",
         "use_function_calling": False,
     }
-    for content in PLAIN_CONTENTS:
-        for turns in (
-            [("user", content)],
-            [("user", content), ("assistant", content), ("user", content)],
-        ):
-            for prompt in (False, True):
-                messages = [{"role": role, "content": text} for role, text in turns]
-                if render_conversation(template, messages, prompt) != render(turns, prompt):
-                    raise refused
+    for messages, prompt in _proving_conversations(system_allowed):
+        expected = render([(message["role"], message["content"]) for message in messages], prompt)
+        found = render_conversation(template, messages, prompt)
+        if found != expected:
+            raise ExportError(
+                "The chat template cannot be said in MLC's conv_template: of the conversation "
+                f"{json.dumps(messages, ensure_ascii=False)} it makes {expected!r}, MLC would make {found!r}."
+            )
     return template
 
 
+def _system_part(
+    render: Callable[[list[tuple[str, str]]], str], s: str, u: str, user_header: str, prefix: str
+) -> tuple[str, str, bool]:
+    """MLC's system_template and system_message, and whether conversations may have a system message.
+
+    Args:
+        render: the model's template.
+        s, u: marks for the system's and the user's message.
+        user_header: what stands before a user's message.
+        prefix: what the template writes before the first user turn without a system message.
+    """
+    try:
+        parts = render([("system", s), ("user", u)]).split(u)[0].removesuffix(user_header).split(s)
+    except Exception:  # a template may refuse system messages in its own way
+        return f"{prefix}{{system_message}}", "", False
+    if len(parts) != 2:
+        raise ExportError(
+            "The chat template cannot be said in MLC's conv_template: it does not write a system message "
+            "exactly once, before the first turn."
+        )
+    before, after = parts
+    if len(prefix) < len(before + after) or not (prefix.startswith(before) and prefix.endswith(after)):
+        raise ExportError(
+            "The chat template cannot be said in MLC's conv_template: MLC writes a system part into every "
+            f"conversation, but without a system message the template starts with {prefix!r} instead of "
+            f"{before!r}, a message and {after!r}; give the chat template a default system message."
+        )
+    return f"{before}{{system_message}}{after}", prefix[len(before) : len(prefix) - len(after)], True
+
+
+def _proving_conversations(system_allowed: bool) -> Iterator[tuple[list[dict[str, str]], bool]]:
+    """Conversations of one and three turns, with and without system message and generation prompt."""
+    for content, other in zip(PROBES, (*PROBES[1:], PROBES[0]), strict=True):
+        for turns in ([content], [content, other, content]):
+            roles = ("user", "assistant", "user")
+            messages = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
+            for prompt in (False, True):
+                yield messages, prompt
+                if system_allowed:
+                    yield [{"role": "system", "content": other}, *messages], prompt
+
+
+def _prove_token_ids(template: dict[str, Any], tokenizer: Any, file: Path) -> None:
+    """MLC reads tokenizer.json itself; on the proving conversations it must give the model's token ids."""
+    from tokenizers import Tokenizer
+
+    own = Tokenizer.from_file(str(file))
+    for messages, prompt in _proving_conversations(system_allowed=True):
+        text = render_conversation(template, messages, prompt)
+        if (
+            own.encode(text, add_special_tokens=False).ids
+            != tokenizer(text, add_special_tokens=False).input_ids
+        ):
+            raise ExportError(
+                f"{file}: gives other token ids than the model's tokenizer in transformers, for {text!r}."
+            )
+
+
 def render_conversation(template: dict[str, Any], messages: Sequence[dict[str, Any]], prompt: bool) -> str:
-    """Text of a conversation as MLC's engine makes it of ``conv_template``."""
+    """Text of a conversation as MLC's engine makes it of ``conv_template``.
+
+    Args:
+        template: ``conv_template`` of a mlc-chat-config.json.
+        messages: the conversation; a system message may only come first.
+        prompt: whether to end with the header of the assistant's next answer.
+
+    Raises:
+        ExportError: a message has a role that the template has not.
+    """
     system_message = template["system_message"]
     turns = list(messages)
     if turns and turns[0]["role"] == "system":
         system_message = turns.pop(0)["content"]
-        has_system = True
-    else:
-        has_system = bool(system_message)
-    text = template["system_template"].replace("{system_message}", system_message) if has_system else ""
+    # The engine writes the system part even where the message is empty.
+    text = template["system_template"].replace("{system_message}", system_message)
     separators = template["seps"]
     for turn in turns:
         role = turn["role"]
         if role not in template["roles"]:
             raise ExportError(f"MLC's conv_template has no role {role!r} after the first message.")
         content = template["role_templates"][role].replace(f"{{{role}_message}}", turn["content"])
-        separator = separators[0] if role == "user" else separators[-1]
+        separator = separators[-1] if role == "assistant" else separators[0]
         text += template["roles"][role] + template["role_content_sep"] + content + separator
     if prompt:
         text += template["roles"]["assistant"] + template["role_empty_sep"]

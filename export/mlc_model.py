@@ -5,11 +5,13 @@ width of a head, N and K output and input width of a matrix.
 
 ``decode`` is called with one token and uses matrix-vector kernels whose eight lanes are the eight nibbles of
 a word. ``prefill`` and ``forward`` take any number of tokens and use a blocked kernel that dequantizes a
-panel of sixteen rows once and multiplies four tokens at a time.
+panel of sixteen rows once and multiplies four tokens at a time. Kernels are cached: reading TVMScript is the
+slowest part of building a module, and all layers call the same ones.
 """
 
 import json
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +201,7 @@ def _emit_function(
         builder.emit_func_output(multiply(x, head, a.vocabulary_size, a.hidden_size, count))
 
 
+@cache
 def vector_kernel(rows: int, columns: int, quantized: bool, dtype: str) -> tirx.PrimFunc:
     """y[1, N] = x[1, K] W[N, K]^T."""
     if not quantized:
@@ -269,6 +272,7 @@ def vector_kernel(rows: int, columns: int, quantized: bool, dtype: str) -> tirx.
     return four_bit
 
 
+@cache
 def blocked_kernel(rows: int, columns: int, quantized: bool, dtype: str) -> tirx.PrimFunc:
     """y[T, N] = x[T, K] W[N, K]^T, panels of 16 rows by 4 tokens."""
     panels = -(-rows // PANEL)
@@ -351,6 +355,7 @@ def blocked_kernel(rows: int, columns: int, quantized: bool, dtype: str) -> tirx
     return four_bit
 
 
+@cache
 def embedding_kernel(rows: int, columns: int, quantized: bool, dtype: str) -> tirx.PrimFunc:
     """y[T, H] = rows of the embedding."""
     if not quantized:
@@ -393,6 +398,7 @@ def embedding_kernel(rows: int, columns: int, quantized: bool, dtype: str) -> ti
     return four_bit
 
 
+@cache
 def norm_kernel(columns: int, epsilon: float, dtype: str) -> tirx.PrimFunc:
     """y = x / sqrt(mean(x^2) + epsilon) * weight, row by row."""
 
@@ -417,6 +423,7 @@ def norm_kernel(columns: int, epsilon: float, dtype: str) -> tirx.PrimFunc:
     return kernel
 
 
+@cache
 def bias_kernel(columns: int, dtype: str) -> tirx.PrimFunc:
     """y = x + bias."""
 
@@ -432,6 +439,7 @@ def bias_kernel(columns: int, dtype: str) -> tirx.PrimFunc:
     return kernel
 
 
+@cache
 def add_kernel(columns: int) -> tirx.PrimFunc:
     """z = x + y."""
 
@@ -448,6 +456,7 @@ def add_kernel(columns: int) -> tirx.PrimFunc:
     return kernel
 
 
+@cache
 def gate_kernel(columns: int) -> tirx.PrimFunc:
     """z = silu(gate) * up, of x = [gate, up]."""
 
@@ -463,6 +472,7 @@ def gate_kernel(columns: int) -> tirx.PrimFunc:
     return kernel
 
 
+@cache
 def last_kernel(columns: int) -> tirx.PrimFunc:
     """The last row."""
 
@@ -477,6 +487,7 @@ def last_kernel(columns: int) -> tirx.PrimFunc:
     return kernel
 
 
+@cache
 def rope_kernel(a: Architecture) -> tirx.PrimFunc:
     """Rotates queries and keys by their positions (halves of a head are the pairs, as in Hugging Face's
     models), writes keys and values into the caches, returns the queries."""
@@ -530,6 +541,7 @@ def rope_kernel(a: Architecture) -> tirx.PrimFunc:
     return kernel
 
 
+@cache
 def attention_kernel(a: Architecture) -> tirx.PrimFunc:
     """Causal attention of T queries over the cache, softmax in float32."""
     heads, groups, dim = a.heads, a.key_value_heads, a.head_dim

@@ -64,8 +64,10 @@ class MlcRuntime:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ExportError(f"{path}: library or weights cannot be loaded ({reason}).") from error
         architecture = self.metadata["architecture"]
+        self._embedding_rows = int(architecture["vocabulary_size"])
         for key, compiled in (
             ("position_embedding_base", architecture["rope_theta"]),
+            ("vocab_size", architecture["vocabulary_size"]),
             ("num_hidden_layers", architecture["layers"]),
             ("rms_norm_eps", architecture["norm_epsilon"]),
         ):
@@ -81,6 +83,12 @@ class MlcRuntime:
             for _ in range(2 * architecture["layers"])
         ]
         self._used = 0
+        try:
+            self._call("decode", [0])
+        except Exception as error:  # the library checks the shape and type of every parameter
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ExportError(f"{path}: the weights do not fit the library ({reason}).") from error
+        self.reset()
 
     def tokenize(self, text: str) -> list[int]:
         """See ``Runtime.tokenize``."""
@@ -103,9 +111,14 @@ class MlcRuntime:
             raise ExportError(
                 f"{self._used + len(token_ids)} tokens do not fit into a context of {self.context_length}."
             )
+        ids = np.array(token_ids, np.int32)
+        if not (ids.size > 0 and ids.min() >= 0 and ids.max() < self._embedding_rows):
+            raise ExportError(
+                f"Token ids must lie between 0 and {self._embedding_rows - 1}, and at least one is needed."
+            )
         tensor = self._tvm.runtime.tensor
         logits = self._machine[function](
-            tensor(np.array(token_ids, np.int32), self._device),
+            tensor(ids, self._device),
             tensor(np.array([self._used], np.int64), self._device),
             *self._caches,
             *self._parameters,
@@ -115,13 +128,11 @@ class MlcRuntime:
 
     def forward(self, token_ids: Sequence[int]) -> np.ndarray:
         """See ``Runtime.forward``."""
-        parts = [token_ids[start : start + CHUNK] for start in range(0, len(token_ids), CHUNK)]
-        return np.concatenate([self._call("forward", part) for part in parts])
+        return np.concatenate([self._call("forward", part) for part in _chunks(token_ids)])
 
     def prefill(self, token_ids: Sequence[int]) -> np.ndarray:
         """See ``Runtime.prefill``."""
-        parts = [token_ids[start : start + CHUNK] for start in range(0, len(token_ids), CHUNK)]
-        return [self._call("prefill", part) for part in parts][-1][-1]
+        return [self._call("prefill", part) for part in _chunks(token_ids)][-1][-1]
 
     def decode(self, token_id: int) -> np.ndarray:
         """See ``Runtime.decode``."""
@@ -130,3 +141,7 @@ class MlcRuntime:
     def close(self) -> None:
         """See ``Runtime.close``."""
         del self._machine, self._parameters, self._caches
+
+
+def _chunks(token_ids: Sequence[int]) -> list[Sequence[int]]:
+    return [token_ids[start : start + CHUNK] for start in range(0, max(len(token_ids), 1), CHUNK)]

@@ -1,5 +1,6 @@
 """MLC: weights equal to mlc_llm's own, and a CPU library that computes the model."""
 
+import copy
 import hashlib
 import json
 import shutil
@@ -9,17 +10,29 @@ import numpy as np
 import pytest
 import torch
 import tvm
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from tvm.contrib import tvmjs
 
 from export.errors import ExportError
-from export.mlc import conversation_template, export_mlc, quantize, render_conversation
-from export.mlc_runtime import MlcRuntime
+from export.mlc import (
+    QUANTIZATIONS,
+    conversation_template,
+    export_mlc,
+    quantize,
+    render_conversation,
+    tokenizer_info,
+)
+from export.mlc_runtime import CHUNK, MlcRuntime
 from export.torch_runtime import TorchRuntime
 
 GOLDEN = Path(__file__).parent / "golden" / "mlc"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
 """What mlc_llm itself made of ``llama-tiny``: SHA-256 of every tensor's bytes, and its configuration."""
+CHATML = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nSYSTEM_MESSAGE<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 TEXT = "The import statement binds a name to a module, twice in 1234 cases.\n\n    def f(x): return x"
 CONVERSATIONS = [
@@ -40,8 +53,23 @@ def export(model_dir: Path, folder: Path, quantization: str) -> MlcRuntime:
 
 
 @pytest.fixture(scope="module")
-def four_bit(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> MlcRuntime:
-    return export(tiny_model_dir, tmp_path_factory.mktemp("mlc"), "q4f32_1")
+def golden_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``llama-tiny`` with the chat template that mlc_llm was told to write for it, its stock ChatML."""
+    folder = tmp_path_factory.mktemp("golden") / "llama-tiny"
+    shutil.copytree(GOLDEN / "llama-tiny", folder, copy_function=shutil.copyfile)
+    stock = EXPECTED["q4f32_1"]["chat_config"]["conv_template"]
+    (folder / "chat_template.jinja").write_text(CHATML.replace("SYSTEM_MESSAGE", stock["system_message"]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def four_bit_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_mlc(tiny_model_dir, tmp_path_factory.mktemp("mlc") / "q4f32_1", "tiny", "q4f32_1")
+
+
+@pytest.fixture(scope="module")
+def four_bit(four_bit_dir: Path) -> MlcRuntime:
+    return MlcRuntime(four_bit_dir)
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +78,8 @@ def reference(tiny_model_dir: Path) -> TorchRuntime:
 
 
 @pytest.mark.parametrize("quantization", list(EXPECTED))
-def test_weights_equal_those_of_mlc_llm(quantization: str, tmp_path: Path) -> None:
-    folder = export_mlc(GOLDEN / "llama-tiny", tmp_path / "out", "t", quantization, compile_cpu=False)
+def test_weights_equal_those_of_mlc_llm(quantization: str, golden_model_dir: Path, tmp_path: Path) -> None:
+    folder = export_mlc(golden_model_dir, tmp_path / "out", "t", quantization, compile_cpu=False)
     cache = json.loads((folder / "tensor-cache.json").read_text())
     found = []
     for shard in cache["records"]:
@@ -67,17 +95,18 @@ def test_weights_equal_those_of_mlc_llm(quantization: str, tmp_path: Path) -> No
     assert cache["metadata"] == pytest.approx(expected["metadata"])
 
 
-def test_chat_config_has_what_mlc_llm_writes(tmp_path: Path) -> None:
-    folder = export_mlc(GOLDEN / "llama-tiny", tmp_path / "out", "t", "q4f32_1", compile_cpu=False)
+def test_chat_config_equals_that_of_mlc_llm(golden_model_dir: Path, tmp_path: Path) -> None:
+    folder = export_mlc(golden_model_dir, tmp_path / "out", "t", "q4f32_1", compile_cpu=False)
     config = json.loads((folder / "mlc-chat-config.json").read_text())
-    expected = EXPECTED["q4f32_1"]["chat_config"]
-    assert set(config) == set(expected)
-    assert config["model_config"] == expected["model_config"]
-    assert set(config["conv_template"]) == set(expected["conv_template"])
-    # mlc_llm was told to use its stock chatml; ours is the model's own template, so these may differ.
-    own = ("conv_template", "tokenizer_files", "pad_token_id")
-    for key in set(expected) - set(own):
-        assert config[key] == expected[key], key
+    expected = json.loads(json.dumps(EXPECTED["q4f32_1"]["chat_config"]))
+    assert config.pop("tokenizer_files") == [*expected.pop("tokenizer_files"), "chat_template.jinja"]
+    assert config["conv_template"].pop("name") == "custom"
+    del expected["conv_template"]["name"]
+    # The stops are the model's own (eos 1 here); the stock template has those of ChatML.
+    for key, value in (("stop_token_ids", [1]), ("stop_str", ["<|eos|>"])):
+        assert config["conv_template"].pop(key) == value
+        del expected["conv_template"][key]
+    assert config == expected
 
 
 def test_quantize_follows_the_layout() -> None:
@@ -133,15 +162,34 @@ def logits_of(model: torch.nn.Module, ids: list[int]) -> np.ndarray:
         return model(torch.tensor([ids])).logits[0].numpy()
 
 
+@pytest.mark.parametrize("quantization", list(QUANTIZATIONS))
 def test_library_computes_the_dequantized_model(
-    four_bit: MlcRuntime, reference: TorchRuntime, tiny_model_dir: Path, tmp_path: Path
+    quantization: str, reference: TorchRuntime, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     ids = reference.tokenize(TEXT)
-    assert four_bit.tokenize(TEXT) == ids
-    folder = export_mlc(tiny_model_dir, tmp_path / "w", "t", "q4f32_1", compile_cpu=False)
-    expected = logits_of(dequantized_model(folder, tiny_model_dir), ids)
+    runtime = export(tiny_model_dir, tmp_path, quantization)
+    assert runtime.tokenize(TEXT) == ids
+    expected = logits_of(dequantized_model(tmp_path / quantization, tiny_model_dir), ids)
+    assert np.abs(runtime.forward(ids) - expected).max() < 1e-4
+
+
+def test_prompt_longer_than_one_chunk(four_bit: MlcRuntime, four_bit_dir: Path, tiny_model_dir: Path) -> None:
+    ids = (four_bit.tokenize(TEXT) * 20)[:500]
+    assert len(ids) > CHUNK
+    expected = logits_of(dequantized_model(four_bit_dir, tiny_model_dir), ids)
     four_bit.reset()
     assert np.abs(four_bit.forward(ids) - expected).max() < 1e-4
+    four_bit.reset()
+    assert np.abs(four_bit.prefill(ids) - expected[-1]).max() < 1e-4
+
+
+def test_unquantized_file_is_the_model(reference: TorchRuntime, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """The file stores bfloat16, so against the float32 model only closeness can be asked."""
+    ids = reference.tokenize(TEXT)
+    found = torch.from_numpy(export(tiny_model_dir, tmp_path, "q0f32").forward(ids)).log_softmax(-1)
+    reference.reset()
+    expected = torch.from_numpy(reference.forward(ids)).log_softmax(-1)
+    assert (expected.exp() * (expected - found)).sum(-1).mean() < 1e-3
 
 
 def test_qwen2_with_biases_and_padded_vocabulary(tiny_tokenizer, tmp_path: Path) -> None:
@@ -198,35 +246,121 @@ def test_rope_theta_is_the_true_one(four_bit: MlcRuntime) -> None:
     assert four_bit.metadata["architecture"]["rope_theta"] == 100000.0
 
 
-def test_library_and_config_must_agree(four_bit: MlcRuntime, tiny_model_dir: Path, tmp_path: Path) -> None:
-    folder = export_mlc(tiny_model_dir, tmp_path / "out", "tiny", "q4f32_1")
-    config = json.loads((folder / "mlc-chat-config.json").read_text())
+@pytest.fixture
+def damaged(four_bit_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(four_bit_dir, tmp_path / "copy"))
+
+
+def test_library_and_config_must_agree(damaged: Path) -> None:
+    config = json.loads((damaged / "mlc-chat-config.json").read_text())
     config["model_config"]["position_embedding_base"] = 10000.0
-    (folder / "mlc-chat-config.json").write_text(json.dumps(config))
+    (damaged / "mlc-chat-config.json").write_text(json.dumps(config))
     with pytest.raises(ExportError, match=r"position_embedding_base is 10000\.0, but the library"):
-        MlcRuntime(folder)
+        MlcRuntime(damaged)
 
 
-def test_template_without_default_system_message(tiny_tokenizer) -> None:
-    import copy
+def test_weights_that_do_not_fit_the_library(damaged: Path) -> None:
+    cache = json.loads((damaged / "tensor-cache.json").read_text())
+    records = {record["name"]: record for shard in cache["records"] for record in shard["records"]}
+    first, second = (records[f"model.layers.0.mlp.{name}.q_weight"] for name in ("gate_up_proj", "down_proj"))
+    first["name"], second["name"] = second["name"], first["name"]
+    (damaged / "tensor-cache.json").write_text(json.dumps(cache))
+    with pytest.raises(ExportError, match="the weights do not fit the library"):
+        MlcRuntime(damaged)
 
-    tokenizer = copy.deepcopy(tiny_tokenizer)
-    tokenizer.chat_template = (
-        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}"
-        "{{ ']]' if m['role'] == 'user' else '}}' }}{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
+
+@pytest.mark.parametrize(
+    "missing", ["mlc-chat-config.json", "tensor-cache.json", "params_shard_0.bin", "libs"]
+)
+def test_incomplete_folder_is_one_sentence(damaged: Path, missing: str) -> None:
+    path = damaged / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(ExportError, match=str(damaged)):
+        MlcRuntime(damaged)
+
+
+def test_token_ids_outside_the_vocabulary(four_bit: MlcRuntime) -> None:
+    for ids in ([], [-1], [2048]):
+        with pytest.raises(ExportError, match="between 0 and 2047"):
+            four_bit.forward(ids)
+
+
+def with_template(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrainedTokenizerFast:
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = template
+    return changed
+
+
+def test_template_that_refuses_system_messages(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer = with_template(
+        tiny_tokenizer,
+        "start{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
+        "[{{ m['role'] }}]{{ m['content'] }}{{ ']]' if m['role'] == 'user' else '}}' }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}",
     )
     template = conversation_template(tokenizer, [2])
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    assert render_conversation(template, messages, True) == "[user]a]][assistant]b}}[assistant]"
+    assert render_conversation(template, messages, True) == "start[user]a]][assistant]b}}[assistant]"
 
 
-def test_template_that_strips_is_refused(tiny_tokenizer) -> None:
-    import copy
+def test_template_without_default_system_message_is_refused(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """MLC's engine writes the system part always: an empty one would go where the model expects none."""
+    tokenizer = with_template(tiny_tokenizer, (GOLDEN / "llama-tiny" / "chat_template.jinja").read_text())
+    with pytest.raises(ExportError, match="give the chat template a default system message"):
+        conversation_template(tokenizer, [2])
 
-    tokenizer = copy.deepcopy(tiny_tokenizer)
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | trim }}\n{% endfor %}"
+
+def test_empty_default_system_message_is_written() -> None:
+    template = {"system_template": "<s>{system_message}</s>", "system_message": "", "roles": {}, "seps": [""]}
+    assert render_conversation(template, [], False) == "<s></s>"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"decoder": {"type": "ByteLevel"}}, ("byte_level", False, False)),
+        ({"decoder": None}, ("byte_fallback", False, False)),
+        (  # Llama 2's
+            {
+                "normalizer": {
+                    "type": "Sequence",
+                    "normalizers": [
+                        {"type": "Prepend", "prepend": "▁"},
+                        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+                    ],
+                },
+                "decoder": {
+                    "type": "Sequence",
+                    "decoders": [
+                        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                        {"type": "ByteFallback"},
+                        {"type": "Fuse"},
+                        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+                    ],
+                },
+            },
+            ("byte_fallback", True, True),
+        ),
+    ],
+)
+def test_tokenizer_info(changes: dict, expected: tuple[str, bool, bool], tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps(changes))
+    assert tuple(tokenizer_info(tmp_path / "tokenizer.json").values()) == expected
+
+
+def test_context_length(tiny_model_dir: Path, tmp_path: Path) -> None:
+    folder = export_mlc(tiny_model_dir, tmp_path / "a", "t", "q0f32", context_length=64, compile_cpu=False)
+    config = json.loads((folder / "mlc-chat-config.json").read_text())
+    assert config["context_window_size"] == config["model_config"]["context_window_size"] == 64
+    assert config["prefill_chunk_size"] == 64
+    for length in (0, 513):
+        with pytest.raises(ExportError, match=f"context_length {length} must lie between 1 and the 512"):
+            export_mlc(tiny_model_dir, tmp_path / "b", "t", "q0f32", context_length=length)
+
+
+def test_template_that_strips_is_refused(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer = with_template(
+        tiny_tokenizer, "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | trim }}\n{% endfor %}"
     )
     with pytest.raises(ExportError, match="cannot be said in MLC's conv_template"):
         conversation_template(tokenizer, [2])
@@ -238,6 +372,8 @@ def test_template_that_strips_is_refused(tiny_tokenizer) -> None:
         ({"model_type": "gpt2"}, "model_type 'gpt2' cannot be exported to MLC; supported are llama, qwen2"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "rope scaling 'yarn'"),
         ({"hidden_size": 100}, "hidden_size 100 is not divisible by 32"),
+        ({"head_dim": 8, "num_attention_heads": 2}, "num_attention_heads times head_dim 16 is not divisible"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "sliding-window attention"),
     ],
 )
 def test_unsupported_model_is_one_sentence(
