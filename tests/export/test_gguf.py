@@ -170,12 +170,22 @@ def test_folder_without_safetensors(tmp_path: Path) -> None:
         export_gguf(tmp_path / "model", tmp_path / "out", "tiny", ["f16"])
 
 
-def test_unknown_pre_tokenizer_is_one_sentence_and_leaves_nothing(
+def test_unknown_pre_tokenizer_is_one_sentence_and_no_code_of_the_folder_runs(
     tiny_model_dir: Path, tmp_path: Path
 ) -> None:
+    # Of this architecture the converter opens the tokenizer with trust_remote_code, then looks for its
+    # pre-tokenizer: unstaged, the file below runs.
+    folder = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+    ran = tmp_path / "ran"
+    (folder / "own_tokenizer.py").write_text(
+        f"open({str(ran)!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast as OwnTokenizer\n"
+    )
+    change_config(folder, "config.json", architectures=["DreamModel"], mask_token_id=0)
+    auto_map = {"AutoTokenizer": [None, "own_tokenizer.OwnTokenizer"]}
+    change_config(folder, "tokenizer_config.json", auto_map=auto_map, tokenizer_class="OwnTokenizer")
     with pytest.raises(ExportError, match="does not recognise this pre-tokenizer; name the one"):
-        export_gguf(tiny_model_dir, tmp_path / "out", "tiny", ["f16"])
-    assert list(tmp_path.iterdir()) == []
+        export_gguf(folder, tmp_path / "out", "tiny", ["f16"])
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_damaged_safetensors(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -300,10 +310,10 @@ def test_rope_theta_of_transformers_5_reaches_the_top_level(tiny_model_dir: Path
     assert json.loads((tmp_path / "staged" / "config.json").read_text())["rope_theta"] == 100000.0
 
 
-def test_qwen2_with_biases_own_head_padded_rows_and_code(
+def test_qwen2_with_biases_own_head_and_padded_rows(
     tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    """Another family, and a folder that would run its own code if it were trusted."""
+    """Another family, whose embedding has more rows than its tokenizer has tokens."""
     torch.manual_seed(1)
     rows = len(tiny_tokenizer) + 64
     config = Qwen2Config(
@@ -330,14 +340,7 @@ def test_qwen2_with_biases_own_head_padded_rows_and_code(
     reference = TorchRuntime(folder)
     ids = reference.tokenize(TEXT)
     expected = reference.forward(ids)
-    # Only now, since transformers must not be asked about it.
-    ran = tmp_path / "ran"
-    (folder / "tokenization_own.py").write_text(f"open({str(ran)!r}, 'w')\n")
-    change_config(
-        folder, "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}
-    )
     (path,) = export_gguf(folder, tmp_path / "out", "qwen", ["f16"], pre_tokenizer=PRE_TOKENIZER)
-    assert not ran.exists()
     field = GGUFReader(path).get_field("qwen2.rope.freq_base")
     assert field is not None
     assert field.contents() == 1000000.0
@@ -396,10 +399,8 @@ def test_llama_cpp_that_refuses_to_quantize_is_one_sentence(tmp_path: Path) -> N
 TEMPLATES = [
     "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m | tojson }}{% endfor %}",
     "{% for m in messages %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}\n{% endfor %}",
-    (
-        "{%- set ns = namespace(n=0) -%}\n  {% for m in messages %}\n{% set ns.n = ns.n + 1 %}{{ ns.n }}{{ m.content"
-        " | trim }}\n{% endfor %}{% if tools is not none %}tools{% endif %}{{ bos_token }}"
-    ),
+    "{%- set ns = namespace(n=0) -%}\n  {% for m in messages %}\n{% set ns.n = ns.n + 1 %}{{ ns.n }}{% endfor %}",
+    "{{ bos_token }}{{ messages[0].content | trim }}{% if tools is not none %}tools{% endif %}\n",
 ]
 
 
