@@ -1,5 +1,10 @@
-"""The release folder: one folder a format, model cards, manifest, report."""
+"""The release folder: one folder a format, model cards, manifest, report.
 
+Identical artifacts give identical bytes. Timings and whether a stage came from the store are in the two
+reports alone, so of the manifest only their two entries can differ.
+"""
+
+import errno
 import json
 import shutil
 import tempfile
@@ -14,8 +19,7 @@ from pipeline.recipe import Recipe
 
 SCHEMA = "martlet-manifest-1"
 MANIFEST = "manifest.json"
-REPORTS = ("report.json", "report.html")
-"""Files that carry timings; they are in the manifest, too."""
+CARD = "README.md"
 
 
 def run(
@@ -26,6 +30,9 @@ def run(
     stage_times: list[dict[str, Any]],
 ) -> Path:
     """Lays the release out; an existing one that is already this release is left as it is.
+
+    An earlier release of that name is replaced. If files in it were edited or added by hand, it is kept
+    beside the new one as ``NAME.previous-1``, ``-2`` and so on.
 
     Args:
         recipe: the recipe.
@@ -38,20 +45,25 @@ def run(
         ``release_root``, absolute.
 
     Raises:
-        UserError: there is a folder of that name that is no release, or it cannot be written.
+        UserError: there is something of that name that is no release, the release cannot be written, or an
+            artifact changed in the store after it was verified.
     """
     root = Path(release_root).resolve()
     content = sha256_of_json({role: artifact.digest for role, artifact in artifacts.items()})
     identity = sha256_of_json([content, recipe.model_dump(mode="json", by_alias=True), SCHEMA, report.SCHEMA])
-    if root.exists() and any(root.iterdir()):
-        manifest = _read_manifest(root)
-        if manifest is None:
-            raise UserError(f"{root}: exists and is no release of martlet; give another folder or remove it.")
-        if manifest.get("identity") == identity and not verify(root):
-            store.report(f"release: {root} is up to date")
-            return root
-    store.report(f"release: laying out {root}")
+    problems: list[str] = []
     try:
+        if root.exists() and (not root.is_dir() or any(root.iterdir())):
+            manifest = _read_manifest(root)
+            if manifest is None:
+                raise UserError(
+                    f"{root}: exists and is no release of martlet; give another folder or remove it."
+                )
+            problems = verify(root)
+            if manifest.get("identity") == identity and not problems:
+                store.report(f"release: {root} is up to date")
+                return root
+        store.report(f"release: laying out {root}")
         root.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as temporary:
             # Made with mode 0700; a release is for others to read.
@@ -59,18 +71,27 @@ def run(
             folder.mkdir()
             made_from = _copy_models(folder, recipe, artifacts)
             facts = report.collect(recipe, artifacts, stage_times)
+            facts["folders"] = _folders(folder, made_from)
+            for name, text in cards.model_cards(recipe, facts).items():
+                (folder / name / CARD).write_text(text, encoding="utf-8")
             write_json(folder / "report.json", facts)
             (folder / "report.html").write_text(report.render(facts), encoding="utf-8")
-            for name, text in cards.model_cards(recipe, facts).items():
-                (folder / name / "README.md").write_text(text, encoding="utf-8")
             write_json(folder / MANIFEST, _manifest(folder, identity, recipe, artifacts, made_from))
-            previous = Path(temporary) / "previous"
-            if root.exists():
-                root.rename(previous)
-            folder.rename(root)
+            _swap_in(folder, root, Path(temporary) / "previous")
+            edited = [problem for problem in problems if not problem.endswith("is missing.")]
+            if edited:
+                kept = _free_name(root)
+                (Path(temporary) / "previous").rename(kept)
+                store.report(
+                    f"release: the earlier release was changed by hand ({edited[0]}) and is kept in {kept}"
+                )
     except OSError as error:
-        if error.errno in (28, 122):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"{root}: no space is left on the disk for the release; free space.") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise UserError(
+                f"{root}: the release cannot be written there ({error.strerror}); give another folder."
+            ) from error
         raise
     return root
 
@@ -127,9 +148,51 @@ def _copy_models(folder: Path, recipe: Recipe, artifacts: Mapping[str, Artifact]
             sources.append((name, artifacts["mlc"].path / "files" / quantization, artifacts["mlc"]))
     if "onnx" in artifacts:
         sources.append((f"{recipe.name}-Instruct-ONNX", artifacts["onnx"].path / "files", artifacts["onnx"]))
-    for name, source, _ in sources:
+    for name, source, artifact in sources:
         shutil.copytree(source, folder / name, copy_function=shutil.copyfile)
+        recorded = artifact.manifest()["files"]
+        for path in (folder / name).rglob("*"):
+            if not path.is_file():
+                continue
+            stored = source / path.relative_to(folder / name)
+            entry = recorded.get(stored.relative_to(artifact.path).as_posix())
+            if entry is None or entry["sha256"] != sha256_of_file(path):
+                raise UserError(
+                    f"{stored}: is not what the stage {artifact.stage} wrote; start the same command again, "
+                    "the store makes it anew."
+                )
     return {name: artifact for name, _, artifact in sources}
+
+
+def _folders(folder: Path, made_from: Mapping[str, Artifact]) -> list[dict[str, Any]]:
+    """The model folders with the bytes and the number of their files, before cards are added."""
+    entries = []
+    for name, artifact in made_from.items():
+        sizes = [path.stat().st_size for path in (folder / name).rglob("*") if path.is_file()]
+        kind = artifact.stage.removeprefix("export_")
+        format = kind if kind in report.FORMATS else "safetensors"
+        entries.append({"folder": name, "format": format, "bytes": sum(sizes), "files": len(sizes)})
+    return entries
+
+
+def _swap_in(folder: Path, root: Path, previous: Path) -> None:
+    """Gives a finished folder its name; what had the name becomes ``previous``, or stays if that fails."""
+    if not root.exists():
+        folder.rename(root)
+        return
+    root.rename(previous)
+    try:
+        folder.rename(root)
+    except BaseException:
+        previous.rename(root)
+        raise
+
+
+def _free_name(root: Path) -> Path:
+    number = 1
+    while (kept := root.with_name(f"{root.name}.previous-{number}")).exists():
+        number += 1
+    return kept
 
 
 def _manifest(
@@ -145,20 +208,25 @@ def _manifest(
             continue
         name = path.relative_to(folder).as_posix()
         source = made_from.get(name.split("/", 1)[0])
-        files[name] = {"sha256": sha256_of_file(path), "bytes": path.stat().st_size}
-        if source is not None:
-            files[name]["made_from"] = {"stage": source.stage, "key": source.key}
+        origin = (
+            {"stage": "release"}
+            if source is None or name.endswith(f"/{CARD}")
+            else {"stage": source.stage, "key": source.key, "digest": source.digest}
+        )
+        files[name] = {"sha256": sha256_of_file(path), "bytes": path.stat().st_size, "made_from": origin}
     lineage = {}
     for role, artifact in artifacts.items():
         manifest = artifact.manifest()
         lineage[role] = {
-            key: manifest[key] for key in ("stage", "version", "key", "digest", "inputs", "seed", "packages")
+            key: manifest[key]
+            for key in ("stage", "version", "key", "digest", "inputs", "parameters", "seed", "packages")
         }
     return {
         "schema": SCHEMA,
         "identity": identity,
         "name": recipe.name,
         "recipe": recipe.model_dump(mode="json", by_alias=True),
+        "packages": report.packages(artifacts),
         "lineage": lineage,
         "files": files,
     }

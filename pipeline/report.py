@@ -1,14 +1,17 @@
 """The report: ``report.json`` and a page that needs nothing but itself."""
 
+import html
 import json
+import platform
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import altair
 import jinja2
 import vl_convert
+import yaml
 from markupsafe import Markup
 
 from pipeline.artifacts import Artifact
@@ -16,8 +19,16 @@ from pipeline.recipe import Recipe
 
 SCHEMA = "martlet-report-1"
 FORMATS = ("gguf", "mlc", "onnx")
-BLUE, ORANGE, GREY = "#3b82c4", "#d97a2b", "#808890"
-"""Readable on white and on black."""
+BLUE, ORANGE, TEAL = "#3b82c4", "#c96a1e", "#1f9483"
+"""At least three to one against the page's paper, light and dark."""
+TITLES = {
+    "loss": "Training loss of each step. The objectives measure different things: compare shapes, not heights",
+    "held_out_kl": "KL to the teacher during training, on a part of the held-out text",
+    "t": "TAID's interpolation t of each step: 0 is the student itself, 1 the teacher",
+    "fidelity": "Mean KL to the model against size. Lower and further left is better",
+    "speed": "Decode speed against size. Higher and further left is better",
+}
+"""What each picture shows: its caption and its text for screen readers."""
 
 
 def collect(
@@ -59,8 +70,10 @@ def collect(
         "recipe": recipe.model_dump(mode="json", by_alias=True),
         "student": read("student", "student.json"),
         "data": {"text": read("text", "statistics.json"), "chats": read("chats", "statistics.json")},
-        "distillation": distillation("distill"),
-        "control": distillation("control") if "control" in artifacts else None,
+        "distillation": {
+            **distillation("distill"),
+            "control": distillation("control") if "control" in artifacts else None,
+        },
         "instruct": {**read("instruct", "evaluation.json"), "curve": read("instruct", "curve.json")},
         "conversations": read("instruct", "conversations.json"),
         "fidelity": [entry for name in formats for entry in read(f"fidelity_{name}", "fidelity.json")],
@@ -69,12 +82,37 @@ def collect(
             Path(entry["path"]).name: entry["tensor_types"] for entry in files if entry["tensor_types"]
         },
         "stages": stage_times,
-        "lineage": {
-            role: {"stage": artifact.stage, "key": artifact.key, "digest": artifact.digest}
-            for role, artifact in artifacts.items()
-        },
-        "packages": {**artifacts["instruct"].manifest()["packages"], "martlet": version("martlet")},
+        "machine": platform.machine(),
+        "lineage": lineage(artifacts),
+        "packages": packages(artifacts),
     }
+
+
+def lineage(artifacts: Mapping[str, Artifact]) -> dict[str, dict[str, Any]]:
+    """What each artifact is and what it was made from: {role: {stage, key, digest, made_from, sources}}.
+
+    ``made_from`` lists roles, ``sources`` the SHA-256 of files outside the store by name.
+    """
+    roles = {(artifact.stage, artifact.key): role for role, artifact in artifacts.items()}
+    entries = {}
+    for role, artifact in artifacts.items():
+        manifest = artifact.manifest()
+        inputs = manifest["input_artifacts"].values()
+        parameters = manifest["parameters"]
+        sources = parameters.get("sources") or parameters.get("files") or {}
+        entries[role] = {
+            "stage": artifact.stage,
+            "key": artifact.key,
+            "digest": artifact.digest,
+            "made_from": [roles.get((entry["stage"], entry["key"]), entry["stage"]) for entry in inputs],
+            "sources": sources if isinstance(sources, dict) else {},
+        }
+    return entries
+
+
+def packages(artifacts: Mapping[str, Artifact]) -> dict[str, str]:
+    """Versions of what made the tuned student, and of martlet."""
+    return {**artifacts["instruct"].manifest()["packages"], "martlet": version("martlet")}
 
 
 def render(facts: dict[str, Any]) -> str:
@@ -86,12 +124,43 @@ def render(facts: dict[str, Any]) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"size": readable_size, "number": readable_number}
+    environment.filters |= {"size": readable_size, "number": readable_number, "percent": readable_percent}
     return environment.get_template("report.html.jinja").render(
         facts=facts,
-        shipped=all(entry["passed"] for entry in facts["fidelity"]),
-        charts={name: Markup(svg) for name, svg in charts(facts).items()},
+        failures=[sentence for entry in facts["fidelity"] for sentence in entry["failures"]],
+        notes=notes(facts),
+        charts=charts(facts),
+        titles=TITLES,
+        recipe_yaml=yaml.safe_dump(facts["recipe"], sort_keys=False, allow_unicode=True),
     )
+
+
+def notes(facts: dict[str, Any]) -> list[str]:
+    """Sentences that someone who decides about shipping should read, beside the gates."""
+    sentences = []
+    held_out = facts["distillation"]["held_out"]
+    control = facts["distillation"]["control"]
+    if held_out["kl_after"] >= held_out["kl_before"]:
+        sentences.append("Distillation did not bring the student nearer to the teacher.")
+    if control and control["held_out"]["kl_after"] <= held_out["kl_after"]:
+        sentences.append("Plain cross-entropy on the same tokens came as near to the teacher, or nearer.")
+    if (
+        facts["instruct"]["after"]["assistant_cross_entropy"]
+        >= (facts["instruct"]["before"]["assistant_cross_entropy"])
+    ):
+        sentences.append("Instruction tuning did not lower the cross-entropy on held-out answers.")
+    unreliable = [entry["file"] for entry in facts["device"] if not entry["reliable"]]
+    if unreliable:
+        sentences.append(
+            f"The machine was busy while {len(unreliable)} of {len(facts['device'])} files were timed: "
+            "their speeds are not to be trusted."
+        )
+    return sentences
+
+
+def readable_percent(share: float | None, digits: int = 1) -> str:
+    """A share as per cent."""
+    return "–" if share is None else f"{100 * share:.{digits}f} %"
 
 
 def readable_size(count: float) -> str:
@@ -104,89 +173,149 @@ def readable_size(count: float) -> str:
 
 
 def readable_number(value: float | None, digits: int = 3) -> str:
-    """A number with so many significant digits, never in exponents a reader must decode."""
+    """A number with so many significant digits; what is small enough for an exponent has two of them."""
     if value is None:
         return "–"
     if value == 0:
         return "0"
-    if abs(value) < 1e-4:
-        return f"{value:.1e}"
-    text = f"{value:.{digits}g}"
-    return f"{value:,.0f}" if "e" in text or abs(value) >= 1000 else text
+    if abs(value) < 1e-3:
+        return f"{value:.1e}".replace("e-0", "e-")
+    text = f"{value:#.{digits}g}"
+    return f"{value:,.0f}" if "e" in text or abs(value) >= 1000 else text.rstrip(".")
 
 
-def charts(facts: dict[str, Any]) -> dict[str, str]:
-    """The report's pictures by name, as SVG."""
-    curves = [
-        {**point, "run": label}
-        for label, part in (
-            (facts["distillation"]["objective"], facts["distillation"]),
-            ("cross_entropy (control)", facts["control"]),
-        )
-        if part
-        for point in part["curve"]
-    ]
-    runs = list(dict.fromkeys(point["run"] for point in curves))
-    color = altair.Color(
-        "run:N",
-        scale=altair.Scale(domain=runs, range=[BLUE, ORANGE][: len(runs)]),
-        legend=altair.Legend(title=None, orient="top"),
-    )
-
-    def line(field: str, title: str, points: list[dict[str, Any]]) -> altair.Chart:
-        values = [
-            {"tokens": point["tokens"], field: point[field], "run": point["run"]}
-            for point in points
-            if point.get(field) is not None
-        ]
-        return (
-            altair.Chart(altair.Data(values=values))
-            .mark_line(strokeWidth=2)
-            .encode(
-                x=altair.X("tokens:Q", title="training tokens", axis=altair.Axis(format="~s")),
-                y=altair.Y(f"{field}:Q", title=title, scale=altair.Scale(zero=False)),
-                color=color,
-            )
-        )
-
+def charts(facts: dict[str, Any]) -> dict[str, Markup]:
+    """The report's pictures by name, as SVG to be put into the page; a picture without points is left out."""
+    distillation = facts["distillation"]
+    runs = {distillation["objective"]: distillation["curve"]}
+    if distillation["control"]:
+        runs["control: cross-entropy only"] = distillation["control"]["curve"]
+    curve = [{**point, "run": run} for run, points in runs.items() for point in points]
+    pictures = {
+        "loss": _curves(curve, list(runs), "loss", "training loss, nats"),
+        "held_out_kl": _curves(curve, list(runs), "held_out_kl", "held-out KL, nats"),
+        "t": _curves(curve, list(runs), "t", "t"),
+    }
     speed = {entry["file"]: entry["decode_tokens_per_s"] for entry in facts["device"]}
-    points = [
+    files = [
         {
-            "label": f"{entry['format']} {entry['quantization']}",
+            "quantization": entry["quantization"],
+            "format": entry["format"],
             "megabytes": entry["bytes"] / 1e6,
-            "mean_kl": max(entry.get("mean_kl") or 0, 1e-8),
+            # The axis is logarithmic; what is below this is rounding of float32.
+            "mean_kl": None if entry["mean_kl"] is None else max(entry["mean_kl"], 1e-8),
             "speed": speed.get(entry["file"]),
         }
         for entry in facts["fidelity"]
     ]
-    base = altair.Chart(altair.Data(values=points))
-
-    def scatter(y: altair.Y) -> altair.LayerChart:
-        x = altair.X("megabytes:Q", title="size in MB", scale=altair.Scale(zero=False, padding=40))
-        dots = base.mark_circle(size=90, color=BLUE, opacity=1).encode(x=x, y=y)
-        labels = base.mark_text(align="left", dx=8, dy=-6, color=GREY).encode(x=x, y=y, text="label:N")
-        return dots + labels
-
-    pictures = {
-        "loss": line("loss", "training loss", curves),
-        "held_out_kl": line("held_out_kl", "held-out KL to the teacher", curves),
-        "fidelity": scatter(
-            altair.Y("mean_kl:Q", title="mean KL to the model", scale=altair.Scale(type="log"))
-        ),
-        "speed": scatter(altair.Y("speed:Q", title="decode tok/s")),
-    }
-    if any(point.get("t") is not None for point in curves):
-        pictures["t"] = line("t", "interpolation t", curves)
-    return {name: _svg(chart) for name, chart in pictures.items()}
+    pictures["fidelity"] = _files(files, "mean_kl", "mean KL to the model, nats", "log")
+    pictures["speed"] = _files(files, "speed", "decode, tokens/s", "linear")
+    return {name: _svg(chart, TITLES[name]) for name, chart in pictures.items() if chart is not None}
 
 
-def _svg(chart: altair.Chart | altair.LayerChart) -> str:
-    styled = (
-        chart.properties(width=420, height=240, background="transparent")
-        .configure_view(stroke=None)
-        .configure_axis(
-            labelColor=GREY, titleColor=GREY, domainColor=GREY, tickColor=GREY, gridColor="#80889040"
+def _curves(points: list[dict[str, Any]], runs: list[str], field: str, title: str) -> altair.Chart | None:
+    """A value over the training tokens, one line a run, told apart by colour and by dashes."""
+    values = [
+        {"tokens": point["tokens"], field: point[field], "run": point["run"]}
+        for point in points
+        if point.get(field) is not None
+    ]
+    if not values:
+        return None
+    runs = [run for run in runs if any(value["run"] == run for value in values)]
+    legend = altair.Legend(title=None, orient="top", symbolStrokeWidth=2.5, labelLimit=300)
+    # A line of one point would be invisible.
+    lonely = len(values) < 2 * len(runs)
+    return (
+        altair.Chart(altair.Data(values=values))
+        .mark_line(strokeWidth=2, point=lonely)
+        .encode(
+            x=altair.X("tokens:Q", title="training tokens", axis=altair.Axis(format="~s", tickCount=5)),
+            y=altair.Y(
+                f"{field}:Q", title=title, scale=altair.Scale(zero=False), axis=altair.Axis(tickCount=5)
+            ),
+            color=altair.Color(
+                "run:N", scale=altair.Scale(domain=runs, range=[BLUE, ORANGE][: len(runs)]), legend=legend
+            ),
+            strokeDash=altair.StrokeDash(
+                "run:N",
+                scale=altair.Scale(domain=runs, range=[[1, 0], [5, 3]][: len(runs)]),
+                legend=legend,
+            ),
         )
-        .configure_legend(labelColor=GREY)
+        .properties(width=390, height=230)
     )
-    return vl_convert.vegalite_to_svg(styled.to_dict())
+
+
+def _files(
+    files: list[dict[str, Any]], field: str, title: str, scale: Literal["log", "linear"]
+) -> altair.LayerChart | None:
+    """A value of each exported file over its size, told apart by colour, shape and name."""
+    # Neighbours have their names on opposite sides, so that these do not cover each other.
+    ranked = sorted((entry for entry in files if entry[field] is not None), key=lambda entry: entry[field])
+    values = [{**entry, "left": rank % 2 == 1} for rank, entry in enumerate(ranked)]
+    if not values:
+        return None
+    formats = [name for name in FORMATS if any(entry["format"] == name for entry in values)]
+    colours = dict(zip(FORMATS, (BLUE, TEAL, ORANGE), strict=True))
+    shapes = dict(zip(FORMATS, ("circle", "square", "triangle-up"), strict=True))
+    legend = altair.Legend(title=None, orient="top")
+    axis = altair.Axis(tickCount=5, format=".0e") if scale == "log" else altair.Axis(tickCount=5)
+    vertical = altair.Scale(type=scale, padding=14) if scale == "log" else altair.Scale(zero=True)
+    base = altair.Chart(altair.Data(values=values)).encode(
+        x=altair.X(
+            "megabytes:Q",
+            title="size, MB",
+            scale=altair.Scale(type="log", nice=False, padding=56),
+            axis=altair.Axis(tickCount=6, format="~s"),
+        ),
+        y=altair.Y(f"{field}:Q", title=title, scale=vertical, axis=axis),
+    )
+    dots = base.mark_point(size=80, filled=True, opacity=1).encode(
+        color=altair.Color(
+            "format:N",
+            scale=altair.Scale(domain=formats, range=[colours[name] for name in formats]),
+            legend=legend,
+        ),
+        shape=altair.Shape(
+            "format:N",
+            scale=altair.Scale(domain=formats, range=[shapes[name] for name in formats]),
+            legend=legend,
+        ),
+    )
+    names = [
+        base.transform_filter(f"datum.left == {str(left).lower()}")
+        .mark_text(align=align, dx=dx, fontSize=12, color="currentColor")
+        .encode(text="quantization:N")
+        for left, align, dx in ((True, "right", -9), (False, "left", 9))
+    ]
+    return altair.layer(dots, *names).properties(width=390, height=290)
+
+
+def _svg(chart: altair.Chart | altair.LayerChart, title: str) -> Markup:
+    """The SVG of a chart. Text and axes take the colour of the page, so that they suit light and dark."""
+    ink = "currentColor"
+    styled = chart.properties(background="transparent").configure(
+        font="system-ui, sans-serif",
+        view=altair.ViewConfig(stroke=None),
+        axis=altair.AxisConfig(
+            labelColor=ink,
+            titleColor=ink,
+            domainColor=ink,
+            tickColor=ink,
+            gridColor=ink,
+            gridOpacity=0.14,
+            domainOpacity=0.5,
+            tickOpacity=0.5,
+            labelFontSize=12,
+            titleFontSize=12,
+            titleFontWeight="normal",
+            titlePadding=8,
+        ),
+        legend=altair.LegendConfig(labelColor=ink, labelFontSize=12, columnPadding=16),
+    )
+    svg = vl_convert.vegalite_to_svg(styled.to_dict())
+    label = html.escape(title, quote=True)
+    # As one picture with a name; the hundreds of marks inside would only be noise to a screen reader.
+    opening, rest = svg.split(">", 1)
+    return Markup(f'{opening} role="img" aria-label="{label}"><title>{label}</title>{rest}')

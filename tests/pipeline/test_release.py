@@ -1,0 +1,329 @@
+"""The release folder: layout, manifest, refusal, replacement, identical bytes."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+from release_artifacts import edit_json, example_artifacts, example_recipe, example_stage_times
+
+from pipeline import release
+from pipeline.artifacts import Artifact, Store, damage
+from pipeline.errors import UserError
+from pipeline.recipe import Recipe
+
+
+class Made:
+    """A store with the artifacts of a recipe, and the lines that were reported."""
+
+    def __init__(self, folder: Path) -> None:
+        self.lines: list[str] = []
+        self.store = Store(folder / "store", report=self.lines.append)
+        self.recipe: Recipe = example_recipe()
+        self.artifacts: dict[str, Artifact] = example_artifacts(self.store, self.recipe)
+
+    def release(self, root: Path, **changes: Any) -> Path:
+        arguments: dict[str, Any] = {
+            "recipe": self.recipe,
+            "artifacts": self.artifacts,
+            "stage_times": example_stage_times(self.artifacts),
+        }
+        return release.run(release_root=root, store=self.store, **(arguments | changes))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return Made(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture(scope="module")
+def released(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One release that tests only read."""
+    return made.release(tmp_path_factory.mktemp("released") / "release")
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()
+    }
+
+
+def manifest_of(root: Path) -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads((root / "manifest.json").read_text(encoding="utf-8"))
+    return manifest
+
+
+def test_layout_is_the_documented_one(released: Path) -> None:
+    assert sorted(path.name for path in released.iterdir()) == [
+        "Martlet-99M",
+        "Martlet-99M-Instruct",
+        "Martlet-99M-Instruct-GGUF",
+        "Martlet-99M-Instruct-ONNX",
+        "Martlet-99M-Instruct-q4f32_1-MLC",
+        "manifest.json",
+        "report.html",
+        "report.json",
+    ]
+    files = set(contents(released))
+    assert {
+        "Martlet-99M/model.safetensors",
+        "Martlet-99M/README.md",
+        "Martlet-99M-Instruct/chat_template.jinja",
+        "Martlet-99M-Instruct/generation_config.json",
+        "Martlet-99M-Instruct-GGUF/martlet-99m-instruct-q4_k_m.gguf",
+        "Martlet-99M-Instruct-q4f32_1-MLC/mlc-chat-config.json",
+        "Martlet-99M-Instruct-q4f32_1-MLC/libs/model-x86_64-cpu.so",
+        "Martlet-99M-Instruct-ONNX/onnx/model_q4.onnx",
+        "Martlet-99M-Instruct-ONNX/genai_config.json",
+    } <= files
+    assert not any("files.json" in name or "artifact.json" in name for name in files)
+
+
+def test_weights_are_the_tuned_ones(made: Made, released: Path) -> None:
+    for folder, role in (("Martlet-99M", "distill"), ("Martlet-99M-Instruct", "instruct")):
+        weights = made.artifacts[role].path / "model" / "model.safetensors"
+        assert (released / folder / "model.safetensors").read_bytes() == weights.read_bytes()
+
+
+def test_the_base_model_is_the_pretrained_one_where_there_was_pretraining(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store", report=lambda line: None)
+    recipe = example_recipe(pretrain={"tokens": 1024}, export={"gguf": ["q8_0"], "mlc": [], "onnx": []})
+    artifacts = example_artifacts(store, recipe)
+    root = release.run(recipe, artifacts, tmp_path / "release", store, [])
+    assert (root / "Martlet-99M" / "model.safetensors").read_bytes().startswith(b"pretrain")
+    assert sorted(path.name for path in root.iterdir() if path.is_dir()) == [
+        "Martlet-99M",
+        "Martlet-99M-Instruct",
+        "Martlet-99M-Instruct-GGUF",
+    ]
+    assert "pre-training on 1,024 tokens" in (root / "Martlet-99M" / "README.md").read_text(encoding="utf-8")
+
+
+def test_manifest_lists_every_file_with_what_it_is_and_comes_from(made: Made, released: Path) -> None:
+    manifest = manifest_of(released)
+    files = contents(released)
+    assert set(manifest["files"]) == set(files) - {"manifest.json"}
+    for name, entry in manifest["files"].items():
+        assert entry["sha256"] == hashlib.sha256(files[name]).hexdigest()
+        assert entry["bytes"] == len(files[name])
+        assert entry["made_from"]["stage"]
+    gguf = made.artifacts["gguf"]
+    assert manifest["files"]["Martlet-99M-Instruct-GGUF/martlet-99m-instruct-q8_0.gguf"]["made_from"] == {
+        "stage": "export_gguf",
+        "key": gguf.key,
+        "digest": gguf.digest,
+    }
+    assert manifest["files"]["Martlet-99M/README.md"]["made_from"] == {"stage": "release"}
+    assert set(manifest["lineage"]) == set(made.artifacts)
+    digests = {entry["digest"] for entry in manifest["lineage"].values()}
+    for entry in manifest["lineage"].values():
+        assert set(entry["inputs"].values()) <= digests, "lineage has a gap"
+    assert manifest["lineage"]["text"]["parameters"]["sources"] == {"pydoc_data/topics.py": "cd" * 32}
+    assert Recipe.model_validate(manifest["recipe"]) == made.recipe
+    assert manifest["packages"]["torch"]
+    assert manifest["schema"] == "martlet-manifest-1"
+
+
+def test_identical_inputs_give_identical_bytes(made: Made, released: Path, tmp_path: Path) -> None:
+    assert contents(made.release(tmp_path / "again")) == contents(released)
+
+
+def test_other_times_change_the_reports_and_nothing_else(made: Made, released: Path, tmp_path: Path) -> None:
+    other = made.release(tmp_path / "cached", stage_times=example_stage_times(made.artifacts, cached=True))
+    before, after = contents(released), contents(other)
+    differing = {name for name in before | after if before.get(name) != after.get(name)}
+    assert differing == {"report.json", "report.html", "manifest.json"}
+    manifests = [manifest_of(root) for root in (released, other)]
+    for manifest in manifests:
+        for name in ("report.json", "report.html"):
+            del manifest["files"][name]
+    assert manifests[0] == manifests[1]
+
+
+def test_an_up_to_date_release_is_left_alone(made: Made, tmp_path: Path) -> None:
+    root = made.release(tmp_path / "release")
+    times = {path: path.stat().st_mtime_ns for path in [root, *root.rglob("*")]}
+    made.release(root, stage_times=example_stage_times(made.artifacts, cached=True))
+    assert {path: path.stat().st_mtime_ns for path in [root, *root.rglob("*")]} == times
+    assert made.lines[-1].endswith("is up to date")
+
+
+def test_editing_a_release_does_not_touch_the_store_and_is_kept(made: Made, tmp_path: Path) -> None:
+    root = made.release(tmp_path / "release")
+    good = contents(root)
+    for path in root.rglob("*"):
+        if path.is_file() and path.name != "manifest.json":
+            path.write_bytes(b"edited")
+    (root / "notes.txt").write_text("mine")
+    assert all(damage(artifact.path) is None for artifact in made.artifacts.values())
+
+    made.release(root)
+    assert contents(root) == good
+    assert (tmp_path / "release.previous-1" / "notes.txt").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["release", "release.previous-1"]
+
+
+def test_a_missing_file_comes_back(made: Made, tmp_path: Path) -> None:
+    root = made.release(tmp_path / "release")
+    good = contents(root)
+    (root / "Martlet-99M-Instruct-GGUF" / "martlet-99m-instruct-q8_0.gguf").unlink()
+    made.release(root)
+    assert contents(root) == good
+    assert [path.name for path in tmp_path.iterdir()] == ["release"]
+
+
+def test_another_recipe_replaces_an_untouched_release(made: Made, tmp_path: Path) -> None:
+    root = made.release(tmp_path / "release")
+    renamed = example_recipe(name="Other")
+    made.release(root, recipe=renamed)
+    assert (root / "Other-Instruct").is_dir()
+    assert not (root / "Martlet-99M").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["release"]
+
+
+@pytest.mark.parametrize("what", ["folder", "file", "other manifest"])
+def test_what_is_no_release_is_never_overwritten(made: Made, tmp_path: Path, what: str) -> None:
+    root = tmp_path / "thesis"
+    if what == "file":
+        root.write_text("chapter one")
+    else:
+        root.mkdir()
+        (root / "chapter.txt").write_text("chapter one")
+        if what == "other manifest":
+            (root / "manifest.json").write_text('{"name": "a web application"}')
+    before = contents(tmp_path) | {"thesis": root.read_bytes() if root.is_file() else b""}
+    with pytest.raises(UserError, match=r"thesis: exists and is no release of martlet"):
+        made.release(root)
+    assert contents(tmp_path) | {"thesis": root.read_bytes() if root.is_file() else b""} == before
+
+
+def test_an_empty_folder_may_be_filled(made: Made, tmp_path: Path) -> None:
+    root = tmp_path / "release"
+    root.mkdir()
+    made.release(root)
+    assert release.verify(root) == []
+
+
+def test_a_failure_leaves_the_old_release_and_no_rubbish(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = made.release(tmp_path / "release")
+    good = contents(root)
+    with monkeypatch.context() as patch:
+        patch.setattr(release.report, "render", lambda facts: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            made.release(root, recipe=example_recipe(name="Other"))
+    assert contents(root) == good
+    assert [path.name for path in tmp_path.iterdir()] == ["release"]
+
+
+def test_a_failed_swap_puts_the_old_release_back(tmp_path: Path) -> None:
+    root, previous = tmp_path / "release", tmp_path / "previous"
+    root.mkdir()
+    (root / "old").touch()
+    with pytest.raises(FileNotFoundError):
+        release._swap_in(tmp_path / "missing", root, previous)
+    assert (root / "old").exists()
+    assert not previous.exists()
+
+
+def test_an_artifact_damaged_after_its_verification_is_not_released(tmp_path: Path) -> None:
+    made = Made(tmp_path)
+    weights = made.artifacts["instruct"].path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    with pytest.raises(UserError, match=r"model\.safetensors: is not what the stage instruct wrote"):
+        made.release(tmp_path / "release")
+    assert not (tmp_path / "release").exists()
+
+
+def test_verify_names_each_problem(made: Made, tmp_path: Path) -> None:
+    root = made.release(tmp_path / "release")
+    (root / "Martlet-99M" / "config.json").unlink()
+    (root / "report.html").write_text("short")
+    (root / "extra").touch()
+    edit_json(root / "manifest.json", lambda value: value["files"].update(_outside(value)))
+    problems = "\n".join(release.verify(root))
+    assert "config.json: is missing." in problems
+    assert "report.html: is damaged" in problems
+    assert "extra: is not in the manifest." in problems
+    assert "lies outside the release." in problems
+    with pytest.raises(UserError, match="give a release folder"):
+        release.verify(tmp_path)
+
+
+def _outside(manifest: dict[str, Any]) -> dict[str, Any]:
+    return {"../secret": next(iter(manifest["files"].values()))}
+
+
+@pytest.mark.parametrize("schema", ["file", "directory"])
+def test_a_destination_that_cannot_be_made_is_one_sentence(made: Made, tmp_path: Path, schema: str) -> None:
+    blocker = tmp_path / "blocker"
+    blocker.write_text("a file")
+    root = blocker / "release" if schema == "file" else blocker / "deeper" / "release"
+    with pytest.raises(UserError, match="cannot be written there"):
+        made.release(root)
+
+
+def test_cards_have_the_metadata_of_the_hub(released: Path) -> None:
+    cards = {path.parent.name: ModelCard.load(path) for path in released.glob("*/README.md")}
+    assert len(cards) == 5
+    for name, card in cards.items():
+        data = card.data.to_dict()
+        assert data["license"] == "apache-2.0"
+        assert data["language"] == ["en"]
+        assert data["pipeline_tag"] == "text-generation"
+        assert "distillation" in data["tags"]
+        assert data["library_name"]
+        quantized = name.rpartition("-")[2] in ("GGUF", "MLC", "ONNX")
+        assert data["base_model_relation"] == ("quantized" if quantized else "finetune")
+        assert data["base_model"] == (
+            "Martlet-99M-Instruct" if quantized else "HuggingFaceTB/SmolLM2-135M-Instruct"
+        )
+        for needed in ("## How it was made", "## Results", "## How to run it", "## Limits", "## Licences"):
+            assert needed in card.text
+        assert "PSF-2.0" in card.text
+        assert "shing2025taid" in card.text
+        assert "arXiv 2502.02737" in card.text
+        assert f"# {name}\n" in card.text
+    base = cards["Martlet-99M"].data.eval_results
+    assert {result.metric_type: result.metric_value for result in base} == {
+        "cross_entropy": 4.15,
+        "kl_divergence": 0.80,
+    }
+
+
+def test_a_card_of_local_models_leaks_no_path_and_claims_no_hub_name(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store", report=lambda line: None)
+    recipe = example_recipe(
+        teacher={"model": str(tmp_path / "my-teacher"), "licence": "LicenseRef-mine"},
+        data={
+            "text": {"sources": [str(tmp_path / "texts" / "mine.jsonl")], "train_tokens": 61_440},
+            "chats": {"sources": ["dataset:someone/chats"], "conversations": 120},
+        },
+    )
+    root = release.run(recipe, example_artifacts(store, recipe), tmp_path / "release", store, [])
+    for path in root.glob("*/README.md"):
+        text = path.read_text(encoding="utf-8")
+        assert str(tmp_path) not in text
+        assert "my-teacher" in text
+        assert "huggingface.co" not in text
+        data = ModelCard(text).data.to_dict()
+        assert "language" not in data
+        assert data["datasets"] == ["someone/chats"]
+        assert (data["license"], data["license_name"]) == ("other", "LicenseRef-mine")
+        if path.parent.name in ("Martlet-99M", "Martlet-99M-Instruct"):
+            assert "base_model" not in data
+            assert "base_model_relation" not in data
+
+
+def test_commands_of_cards_name_files_that_are_there(released: Path) -> None:
+    import re
+
+    for card in released.glob("*/README.md"):
+        text = card.read_text(encoding="utf-8")
+        for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+            compile(block, str(card), "exec")
+        named = re.findall(r"[\w./-]+\.(?:gguf|onnx)\b", text.split("## How to run it")[1])
+        assert all((released / name).exists() or (card.parent / name).exists() for name in named), named
