@@ -83,7 +83,8 @@ def run(store: Store, recipe: Recipe, teacher: Artifact, student: Artifact, chat
             callbacks=[ProgressLines("instruct", store.report)],
         )
         train(trainer, work, "instruct")
-        tuned = trainer.model.merge_and_unload() if lora is not None else model
+        adapted: Any = trainer.model
+        tuned = adapted.merge_and_unload() if lora is not None else model
         tuned.requires_grad_(True)
         store.report("instruct: evaluating on held-out chats after")
         after = evaluate(tuned, reference, held_out)
