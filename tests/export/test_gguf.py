@@ -399,7 +399,7 @@ def test_llama_cpp_that_refuses_to_quantize_is_one_sentence(tmp_path: Path) -> N
 TEMPLATES = [
     "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m | tojson }}{% endfor %}",
     "{% for m in messages %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}\n{% endfor %}",
-    "{%- set ns = namespace(n=0) -%}\n  {% for m in messages %}\n{% set ns.n = ns.n + 1 %}{{ ns.n }}{% endfor %}",
+    "{%- set ns = namespace(n=0) -%}\n {% for m in messages %}\n{% set ns.n = ns.n+1 %}{{ns.n}}{% endfor %}",
     "{{ bos_token }}{{ messages[0].content | trim }}{% if tools is not none %}tools{% endif %}\n",
 ]
 
