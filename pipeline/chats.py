@@ -5,9 +5,12 @@ import json
 import random
 import re
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -24,8 +27,8 @@ from pipeline.sources import conversations, everyday_prompts, reasoning_prompts,
 from pipeline.teacher import packaged_gguf
 
 STAGE = "chats"
-VERSION = 2
-TEMPERATURE = 0.7
+VERSION = 3
+TEMPERATURE = 0.3
 TOP_P = 0.9
 REPEATED_WORDS = 5
 REPETITIONS = 3
@@ -102,14 +105,16 @@ def run(store: Store, recipe: Recipe, teacher: Artifact) -> Artifact:
             take(messages)
         if len(chats) < wanted and prompts:
             asking = [prompt for prompt in prompts if _normalised(prompt) not in openings]
-            for prompt, answer in _answered(recipe, teacher, asking, work, wanted - len(chats), store):
-                if not answer:
-                    counts["without_answer"] += 1
-                    continue
-                messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-                counts["written_by_teacher"] += take(messages)
-                if len(chats) == wanted:
-                    break
+            answered = _answered(recipe, teacher, asking, work, wanted - len(chats), store)
+            with closing(answered):
+                for prompt, answer in answered:
+                    if not answer:
+                        counts["without_answer"] += 1
+                        continue
+                    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+                    counts["written_by_teacher"] += take(messages)
+                    if len(chats) == wanted:
+                        break
         if len(chats) < wanted:
             raise UserError(
                 f"data.chats.conversations: {section.conversations} for training and "
@@ -152,7 +157,7 @@ def _normalised(text: str) -> str:
 
 def _answered(
     recipe: Recipe, teacher: Artifact, prompts: list[str], work: Path, wanted: int, store: Store
-) -> Iterator[tuple[str, str]]:
+) -> Generator[tuple[str, str], None, None]:
     """Each prompt and the teacher's answer, in the order of the prompts; no answer is an empty one.
 
     Answers are appended to a file in ``work`` and not asked for again after a kill. Each prompt has its own
@@ -168,17 +173,36 @@ def _answered(
             except ValueError:  # the line that a kill cut short
                 continue
             answers[entry["prompt"]] = entry["answer"]
-    runtime = _open_teacher(recipe, teacher)
+    runtimes = _open_teachers(recipe, teacher)
+    free: SimpleQueue[Runtime] = SimpleQueue()
+    for runtime in runtimes:
+        free.put(runtime)
+
+    def ask(number: int, prompt: str) -> tuple[str, int]:
+        runtime = free.get()
+        try:
+            return _answer(runtime, prompt, section.max_answer_tokens, [recipe.seed, number])
+        finally:
+            free.put(runtime)
+
     report = throttled(store.report)
     started, asked, tokens = time.monotonic(), 0, 0
+    upcoming = enumerate(prompts)
+    pending: deque[tuple[int, str, Future[tuple[str, int]] | None]] = deque()
+    pool = ThreadPoolExecutor(len(runtimes))
     try:
         with path.open("a", encoding="utf-8") as file:
             if path.stat().st_size:
                 file.write("\n")
-            for number, prompt in enumerate(prompts):
-                if prompt not in answers:
-                    seed = [recipe.seed, number]
-                    answers[prompt], count = _answer(runtime, prompt, section.max_answer_tokens, seed)
+            while True:
+                for number, prompt in itertools.islice(upcoming, len(runtimes) + 1 - len(pending)):
+                    known = prompt in answers
+                    pending.append((number, prompt, None if known else pool.submit(ask, number, prompt)))
+                if not pending:
+                    return
+                number, prompt, future = pending.popleft()
+                if future is not None:
+                    answers[prompt], count = future.result()
                     file.write(json.dumps({"prompt": prompt, "answer": answers[prompt]}) + "\n")
                     file.flush()
                     asked, tokens = asked + 1, tokens + count
@@ -190,15 +214,19 @@ def _answered(
                     )
                 yield prompt, answers[prompt]
     finally:
-        runtime.close()
+        pool.shutdown(cancel_futures=True)
+        for runtime in runtimes:
+            runtime.close()
 
 
-def _open_teacher(recipe: Recipe, teacher: Artifact) -> Runtime:
+def _open_teachers(recipe: Recipe, teacher: Artifact) -> list[Runtime]:
+    """A packaged GGUF is opened once a thread, each copy answering its own prompts: several threads on one
+    token wait for each other at every layer, and on a busy machine they mostly wait."""
     gguf = packaged_gguf(recipe.teacher.model)
-    length = recipe.data.chats.max_tokens + recipe.data.chats.max_answer_tokens
+    length = max(512, recipe.data.chats.max_tokens + recipe.data.chats.max_answer_tokens)
     if gguf is not None:
-        return LlamaCppRuntime(gguf, recipe.threads, max(512, length))
-    return TorchRuntime(teacher.path / "model", recipe.threads)
+        return [LlamaCppRuntime(gguf, 1, length) for _ in range(recipe.threads)]
+    return [TorchRuntime(teacher.path / "model", recipe.threads)]
 
 
 def _answer(runtime: Runtime, prompt: str, max_tokens: int, seed: list[int]) -> tuple[str, int]:
@@ -245,7 +273,9 @@ def _sample(logits: np.ndarray, generator: np.random.Generator) -> int:
     scaled = logits.astype(np.float64) / TEMPERATURE
     probabilities = np.exp(scaled - scaled.max())
     probabilities /= probabilities.sum()
-    order = np.argsort(-probabilities, kind="stable")
+    # Tokens below this share add up to less than what the nucleus leaves out: they need no sorting.
+    candidates = np.flatnonzero(probabilities > (1 - TOP_P) / len(probabilities))
+    order = candidates[np.argsort(-probabilities[candidates], kind="stable")]
     cumulative = np.cumsum(probabilities[order])
     kept = order[: int(np.searchsorted(cumulative, TOP_P)) + 1]
     nucleus = probabilities[kept] / probabilities[kept].sum()
