@@ -21,9 +21,17 @@ LIBRARIES = {
 }
 
 # The hub refuses a card with another licence; the rest goes by "other" and a name.
-HUB_LICENCES = frozenset(
-    ["afl-3.0", "agpl-3.0", "apache-2.0", "artistic-2.0", "bigscience-bloom-rail-1.0", "bigscience-openrail-m", "bsd", "bsd-2-clause", "bsd-3-clause", "bsl-1.0", "cc", "cc-by-2.0", "cc-by-3.0", "cc-by-4.0", "cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-4.0", "cc-by-nd-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc0-1.0", "deepfloyd-if-license", "ecl-2.0", "epl-1.0", "epl-2.0", "eupl-1.1", "gemma", "gfdl", "gpl", "gpl-2.0", "gpl-3.0", "isc", "lgpl", "lgpl-2.1", "lgpl-3.0", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "mit", "mpl-2.0", "ms-pl", "odbl", "openrail", "openrail++", "osl-3.0", "pddl", "postgresql", "unknown", "unlicense", "wtfpl", "zlib"]
-)
+# fmt: off
+HUB_LICENCES = frozenset((
+    "afl-3.0", "agpl-3.0", "apache-2.0", "artistic-2.0", "bigscience-openrail-m", "bsd", "bsd-2-clause",
+    "bsd-3-clause", "bsl-1.0", "cc", "cc-by-2.0", "cc-by-3.0", "cc-by-4.0", "cc-by-nc-2.0",
+    "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-4.0", "cc-by-nd-4.0",
+    "cc-by-sa-3.0", "cc-by-sa-4.0", "cc0-1.0", "ecl-2.0", "epl-1.0", "epl-2.0", "eupl-1.1", "gemma",
+    "gfdl", "gpl", "gpl-2.0", "gpl-3.0", "isc", "lgpl", "lgpl-2.1", "lgpl-3.0", "llama2", "llama3",
+    "llama3.1", "llama3.2", "llama3.3", "mit", "mpl-2.0", "ms-pl", "odbl", "openrail", "openrail++",
+    "osl-3.0", "pddl", "postgresql", "unknown", "unlicense", "wtfpl", "zlib",
+))
+# fmt: on
 
 JAVASCRIPT_DTYPES = {"fp32": "fp32", "int8": "q8", "int4": "q4"}
 """What transformers.js calls the precisions of the ONNX files."""
@@ -58,15 +66,15 @@ def model_cards(recipe: Recipe, facts: dict[str, Any]) -> dict[str, str]:
         f"[{teacher}](https://huggingface.co/{teacher})" if teacher else shown(recipe.teacher.model)
     )
     cards = {}
-    for folder, (kind, quantization) in kinds.items():
+    for folder, (kind, only) in kinds.items():
 
         def of_this_folder(
-            entries: list[dict[str, Any]], kind: str = kind, quantization: str | None = quantization
+            entries: list[dict[str, Any]], kind: str = kind, only: str | None = only
         ) -> list[dict[str, Any]]:
             return [
                 entry
                 for entry in entries
-                if entry["format"] == kind and quantization in (None, entry["quantization"])
+                if entry["format"] == kind and only in (None, entry["quantization"])
             ]
 
         precisions = [name for name in JAVASCRIPT_DTYPES if name in recipe.export.onnx]
@@ -74,7 +82,7 @@ def model_cards(recipe: Recipe, facts: dict[str, Any]) -> dict[str, str]:
             metadata=metadata(recipe, facts, kind, folder).to_yaml().strip(),
             folder=folder,
             kind=kind,
-            quantization=quantization,
+            quantization=only,
             recipe=recipe,
             teacher=teacher or "",
             teacher_link=teacher_link,

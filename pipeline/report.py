@@ -22,7 +22,7 @@ FORMATS = ("gguf", "mlc", "onnx")
 BLUE, ORANGE, TEAL = "#3b82c4", "#c96a1e", "#1f9483"
 """At least three to one against the page's paper, light and dark."""
 TITLES = {
-    "loss": "Training loss of each step. The objectives measure different things: compare shapes, not heights",
+    "loss": "Training loss of each step. Objectives measure different things: compare shapes, not heights",
     "held_out_kl": "KL to the teacher during training, on a part of the held-out text",
     "t": "TAID's interpolation t of each step: 0 is the student itself, 1 the teacher",
     "fidelity": "Mean KL to the model against size. Lower and further left is better",
@@ -191,7 +191,7 @@ def charts(facts: dict[str, Any]) -> dict[str, Markup]:
     if distillation["control"]:
         runs["control: cross-entropy only"] = distillation["control"]["curve"]
     curve = [{**point, "run": run} for run, points in runs.items() for point in points]
-    pictures = {
+    pictures: dict[str, altair.Chart | altair.LayerChart | None] = {
         "loss": _curves(curve, list(runs), "loss", "training loss, nats"),
         "held_out_kl": _curves(curve, list(runs), "held_out_kl", "held-out KL, nats"),
         "t": _curves(curve, list(runs), "t", "t"),
@@ -283,13 +283,15 @@ def _files(
             legend=legend,
         ),
     )
-    names = [
-        base.transform_filter(f"datum.left == {str(left).lower()}")
-        .mark_text(align=align, dx=dx, fontSize=12, color="currentColor")
-        .encode(text="quantization:N")
-        for left, align, dx in ((True, "right", -9), (False, "left", 9))
-    ]
-    return altair.layer(dots, *names).properties(width=390, height=290)
+    left = base.transform_filter("datum.left").mark_text(
+        align="right", dx=-9, fontSize=12, color="currentColor"
+    )
+    right = base.transform_filter("!datum.left").mark_text(
+        align="left", dx=9, fontSize=12, color="currentColor"
+    )
+    name = altair.Text("quantization:N")
+    pictures = altair.LayerChart(layer=[dots, left.encode(text=name), right.encode(text=name)])
+    return pictures.properties(width=390, height=290)
 
 
 def _svg(chart: altair.Chart | altair.LayerChart, title: str) -> Markup:
