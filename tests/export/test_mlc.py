@@ -4,6 +4,8 @@ import copy
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 import tvm
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from tvm.contrib import tvmjs
+from tvm.script import tirx as T
 
 from export.errors import ExportError
 from export.mlc import (
@@ -22,6 +25,7 @@ from export.mlc import (
     render_conversation,
     tokenizer_info,
 )
+from export.mlc_model import exponential
 from export.mlc_runtime import CHUNK, MlcRuntime
 from export.torch_runtime import TorchRuntime
 
@@ -48,10 +52,6 @@ CONVERSATIONS = [
 ]
 
 
-def export(model_dir: Path, folder: Path, quantization: str) -> MlcRuntime:
-    return MlcRuntime(export_mlc(model_dir, folder / quantization, "tiny", quantization))
-
-
 @pytest.fixture(scope="module")
 def golden_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``llama-tiny`` with the chat template that mlc_llm was told to write for it, its stock ChatML."""
@@ -63,8 +63,15 @@ def golden_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def four_bit_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_mlc(tiny_model_dir, tmp_path_factory.mktemp("mlc") / "q4f32_1", "tiny", "q4f32_1")
+def exported(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The tiny model in a quantization, compiled once."""
+    folder = tmp_path_factory.mktemp("mlc")
+    return cache(lambda quantization: export_mlc(tiny_model_dir, folder / quantization, "tiny", quantization))
+
+
+@pytest.fixture(scope="module")
+def four_bit_dir(exported: Callable[[str], Path]) -> Path:
+    return exported("q4f32_1")
 
 
 @pytest.fixture(scope="module")
@@ -164,12 +171,12 @@ def logits_of(model: torch.nn.Module, ids: list[int]) -> np.ndarray:
 
 @pytest.mark.parametrize("quantization", list(QUANTIZATIONS))
 def test_library_computes_the_dequantized_model(
-    quantization: str, reference: TorchRuntime, tiny_model_dir: Path, tmp_path: Path
+    quantization: str, exported: Callable[[str], Path], reference: TorchRuntime, tiny_model_dir: Path
 ) -> None:
     ids = reference.tokenize(TEXT)
-    runtime = export(tiny_model_dir, tmp_path, quantization)
+    runtime = MlcRuntime(exported(quantization))
     assert runtime.tokenize(TEXT) == ids
-    expected = logits_of(dequantized_model(tmp_path / quantization, tiny_model_dir), ids)
+    expected = logits_of(dequantized_model(exported(quantization), tiny_model_dir), ids)
     assert np.abs(runtime.forward(ids) - expected).max() < 1e-4
 
 
@@ -183,10 +190,10 @@ def test_prompt_longer_than_one_chunk(four_bit: MlcRuntime, four_bit_dir: Path, 
     assert np.abs(four_bit.prefill(ids) - expected[-1]).max() < 1e-4
 
 
-def test_unquantized_file_is_the_model(reference: TorchRuntime, tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_unquantized_file_is_the_model(exported: Callable[[str], Path], reference: TorchRuntime) -> None:
     """The file stores bfloat16, so against the float32 model only closeness can be asked."""
     ids = reference.tokenize(TEXT)
-    found = torch.from_numpy(export(tiny_model_dir, tmp_path, "q0f32").forward(ids)).log_softmax(-1)
+    found = torch.from_numpy(MlcRuntime(exported("q0f32")).forward(ids)).log_softmax(-1)
     reference.reset()
     expected = torch.from_numpy(reference.forward(ids)).log_softmax(-1)
     assert (expected.exp() * (expected - found)).sum(-1).mean() < 1e-3
@@ -214,12 +221,28 @@ def test_qwen2_with_biases_and_padded_vocabulary(tiny_tokenizer, tmp_path: Path)
                 projection.bias.normal_(0, 0.5)
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
-    runtime = export(tmp_path / "model", tmp_path, "q0f16")
+    runtime = MlcRuntime(export_mlc(tmp_path / "model", tmp_path / "q0f16", "tiny", "q0f16"))
     ids = runtime.tokenize(TEXT)
     logits = runtime.forward(ids)
     assert logits.shape == (len(ids), len(tiny_tokenizer))
     expected = logits_of(dequantized_model(tmp_path / "q0f16", tmp_path / "model"), ids)
     assert np.abs(logits - expected[:, : len(tiny_tokenizer)]).max() < 1e-4
+
+
+def test_exponential() -> None:
+    @T.prim_func(s_tir=True)
+    def kernel(x: T.Buffer((4096,), "float32"), y: T.Buffer((4096,), "float32")):
+        T.func_attr({"global_symbol": "kernel"})
+        for i in range(4096):
+            y[i] = exponential(x[i])
+
+    compiled = tvm.compile(kernel, target="llvm")
+    values = np.concatenate([np.linspace(-87, 88, 4094), [0, -200]]).astype(np.float32)
+    result = tvm.runtime.tensor(np.zeros_like(values))
+    compiled(tvm.runtime.tensor(values), result)
+    found, expected = result.numpy(), np.exp(values.astype(np.float64))
+    assert np.abs(found[:-1] / expected[:-1] - 1).max() < 4e-7
+    assert 0 < found[-1] < 2e-38
 
 
 def test_incremental_decoding_equals_one_pass(four_bit: MlcRuntime) -> None:
