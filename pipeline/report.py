@@ -226,14 +226,13 @@ def _curves(points: list[dict[str, Any]], runs: list[str], field: str, title: st
     legend = altair.Legend(title=None, orient="top", symbolStrokeWidth=2.5, labelLimit=300)
     # A line of one point would be invisible.
     lonely = len(values) < 2 * len(runs)
+    span = altair.Scale(domain=[0, 1]) if field == "t" else altair.Scale(zero=False)
     return (
         altair.Chart(altair.Data(values=values))
         .mark_line(strokeWidth=2, point=lonely)
         .encode(
             x=altair.X("tokens:Q", title="training tokens", axis=altair.Axis(format="~s", tickCount=5)),
-            y=altair.Y(
-                f"{field}:Q", title=title, scale=altair.Scale(zero=False), axis=altair.Axis(tickCount=5)
-            ),
+            y=altair.Y(f"{field}:Q", title=title, scale=span, axis=altair.Axis(tickCount=5)),
             color=altair.Color(
                 "run:N", scale=altair.Scale(domain=runs, range=[BLUE, ORANGE][: len(runs)]), legend=legend
             ),
@@ -267,7 +266,7 @@ def _files(
             "megabytes:Q",
             title="size, MB",
             scale=altair.Scale(type="log", nice=False, padding=56),
-            axis=altair.Axis(tickCount=6, format="~s"),
+            axis=altair.Axis(tickCount=6, format=",.3~r"),
         ),
         y=altair.Y(f"{field}:Q", title=title, scale=vertical, axis=axis),
     )
