@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from export.torch_runtime import TorchRuntime
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
 from export.runtime import generate_greedily
+from export.torch_runtime import TorchRuntime
 from pipeline.artifacts import Artifact, Store, write_json
 from pipeline.chat_template import render_with_mask
 from pipeline.models import load_model, load_tokenizer, save_model
