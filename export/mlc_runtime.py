@@ -1,6 +1,7 @@
 """MLC folders on the CPU: the compiled library in TVM's Relax virtual machine."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +26,8 @@ class MlcRuntime:
         """
         Args:
             path: a folder with mlc-chat-config.json, tensor-cache.json and ``libs/*-x86_64-cpu.so``.
-            threads: CPU threads of TVM's pool, for the whole process.
+            threads: CPU threads of TVM's pool, for the whole process; the pool never grows, so no later
+                runtime of the process gets more than the first.
             context_length: tokens of cache; the folder's own maximum, at most 4096, by default.
 
         Raises:
@@ -52,6 +54,8 @@ class MlcRuntime:
             raise ExportError(f"{path}: is no complete MLC folder ({error}).") from error
         except Exception as error:  # tokenizers raises plain Exception
             raise ExportError(f"{path / 'tokenizer.json'}: cannot be read ({error}).") from error
+        # The pool never grows beyond this variable, OMP_NUM_THREADS, or half of the processors.
+        os.environ["TVM_NUM_THREADS"] = str(threads)
         tvm.get_global_func("runtime.config_threadpool")(1, threads)
         self._tvm, self._device = tvm, tvm.cpu()
         try:
@@ -78,9 +82,9 @@ class MlcRuntime:
                 )
         self.context_length = context_length or min(self.trained_context_length, MAXIMUM_CONTEXT)
         shape = (self.context_length, architecture["key_value_heads"], architecture["head_dim"])
+        # Not filled: only positions already written are read, and memory is taken up as the cache fills.
         self._caches = [
-            tvm.runtime.tensor(np.zeros(shape, np.float32), self._device)
-            for _ in range(2 * architecture["layers"])
+            tvm.runtime.empty(shape, "float32", self._device) for _ in range(2 * architecture["layers"])
         ]
         self._used = 0
         try:

@@ -3,7 +3,10 @@
 import copy
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -300,6 +303,23 @@ def test_incomplete_folder_is_one_sentence(damaged: Path, missing: str) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     with pytest.raises(ExportError, match=str(damaged)):
         MlcRuntime(damaged)
+
+
+def test_threads_are_those_asked_for(four_bit: MlcRuntime, four_bit_dir: Path, tmp_path: Path) -> None:
+    """Whatever the environment says of OpenMP. In a process of its own, since TVM's pool never grows."""
+    ids = four_bit.tokenize(TEXT)
+    program = (
+        "import sys, numpy, tvm; from pathlib import Path; from export.mlc_runtime import MlcRuntime\n"
+        "runtime = MlcRuntime(Path(sys.argv[1]), 2)\n"
+        f"numpy.save(sys.argv[2], runtime.forward({ids}))\n"
+        "print(tvm.get_global_func('runtime.NumThreads')())"
+    )
+    command = [sys.executable, "-c", program, str(four_bit_dir), str(tmp_path / "logits.npy")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "2"
+    four_bit.reset()
+    assert np.array_equal(np.load(tmp_path / "logits.npy"), four_bit.forward(ids))
 
 
 def test_token_ids_outside_the_vocabulary(four_bit: MlcRuntime) -> None:
