@@ -171,7 +171,7 @@ def test_bad_text(
     ("content", "in_sentence"),
     [
         ("", "empty"),
-        ('{"messages": []}\n', "record 1"),
+        ('{"messages": []}\n', "line 1"),
         ('{"messages": [{"role": "user", "content": "Hi"}]}\n', "assistant"),
         ('{"messages": [{"role": "parrot", "content": "Hi"}]}\n', "role"),
     ],
