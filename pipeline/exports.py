@@ -11,7 +11,7 @@ from pipeline.artifacts import Artifact, Store, write_json
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 
-VERSION = 1
+VERSION = 2
 FORMATS = ("gguf", "mlc", "onnx")
 
 
