@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-from export.mlc import export_mlc
-
 from export.errors import ExportError
 from export.gguf import export_gguf, tensor_types
+from export.mlc import export_mlc
 from export.onnx import export_onnx
 from pipeline.artifacts import Artifact, Store, write_json
 from pipeline.errors import UserError

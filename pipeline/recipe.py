@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from export.mlc import QUANTIZATIONS as MLC_QUANTIZATIONS
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from export.gguf import QUANTIZATIONS as GGUF_QUANTIZATIONS
+from export.mlc import QUANTIZATIONS as MLC_QUANTIZATIONS
 from export.onnx import FILE_NAMES as ONNX_PRECISIONS
 from pipeline.errors import UserError
 
