@@ -13,22 +13,7 @@ from typing import Any
 import numpy as np
 
 from export.errors import ExportError
-
-QUANTIZATIONS: dict[str, str] = {
-    "f16": "LLAMA_FTYPE_MOSTLY_F16",
-    "bf16": "LLAMA_FTYPE_MOSTLY_BF16",
-    "q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0",
-    "q6_k": "LLAMA_FTYPE_MOSTLY_Q6_K",
-    "q5_k_m": "LLAMA_FTYPE_MOSTLY_Q5_K_M",
-    "q5_k_s": "LLAMA_FTYPE_MOSTLY_Q5_K_S",
-    "q4_k_m": "LLAMA_FTYPE_MOSTLY_Q4_K_M",
-    "q4_k_s": "LLAMA_FTYPE_MOSTLY_Q4_K_S",
-    "q4_0": "LLAMA_FTYPE_MOSTLY_Q4_0",
-    "iq4_xs": "LLAMA_FTYPE_MOSTLY_IQ4_XS",
-    "q3_k_m": "LLAMA_FTYPE_MOSTLY_Q3_K_M",
-    "q2_k": "LLAMA_FTYPE_MOSTLY_Q2_K",
-}
-"""Names of quantizations and llama.cpp's constants for them."""
+from export.quantizations import GGUF as QUANTIZATIONS
 
 CONVERTED = ("f16", "bf16")
 """Those that the converter writes itself."""

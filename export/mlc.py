@@ -18,14 +18,7 @@ from typing import Any
 import numpy as np
 
 from export.errors import ExportError
-
-QUANTIZATIONS: dict[str, tuple[str, bool]] = {
-    "q4f32_1": ("float32", True),
-    "q4f16_1": ("float16", True),
-    "q0f32": ("float32", False),
-    "q0f16": ("float16", False),
-}
-"""Names, the model's dtype, and whether matrices are quantized to four bits."""
+from export.quantizations import MLC as QUANTIZATIONS
 
 ATTENTION_NAMES = {"llama": "qkv_proj", "qwen2": "c_attn"}
 """Model types that can be exported, and MLC's name of their fused attention input."""

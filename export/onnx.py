@@ -28,9 +28,7 @@ import onnx
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
 
 from export.errors import ExportError
-
-# From the largest to the smallest file.
-FILE_NAMES = {"fp32": "model.onnx", "int8": "model_quantized.onnx", "int4": "model_q4.onnx"}
+from export.quantizations import ONNX as FILE_NAMES
 
 # k_quant searches scale and zero point of each block for the least weighted error, as llama.cpp's k-quants
 # do; "mixed" keeps the head (shared with the embedding, where tied) and some layers' projections in 8 bits.

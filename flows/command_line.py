@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.exceptions import TyperException
 
+from export.errors import ExportError
 from pipeline.errors import EXIT_BAD_INPUT, EXIT_GATE_FAILED, EXIT_INTERRUPTED, GateFailed, UserError
 
 INTERRUPTED = "martlet: interrupted; the same command goes on where this one stopped."
@@ -215,15 +216,12 @@ def show_release(result: dict[str, Any]) -> None:
 
 def run(command: Callable[[], Any]) -> int:
     """Runs a command; errors that are the user's become one sentence and an exit code."""
-    from export.errors import ExportError
-    from taid.errors import TaidError
-
     try:
         command()
     except GateFailed as error:
         print(f"martlet: {error}", file=sys.stderr)
         return EXIT_GATE_FAILED
-    except (UserError, ExportError, TaidError) as error:
+    except (UserError, ExportError) as error:
         print(f"martlet: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
@@ -231,6 +229,14 @@ def run(command: Callable[[], Any]) -> int:
         return EXIT_INTERRUPTED
     except SystemExit as error:
         return int(error.code or 0) if not isinstance(error.code, str) else EXIT_BAD_INPUT
+    except Exception as error:
+        # Looked up only now: taid loads torch, and commands that need neither should not wait for it.
+        from taid.errors import TaidError
+
+        if not isinstance(error, TaidError):
+            raise
+        print(f"martlet: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
     return 0
 
 

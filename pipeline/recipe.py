@@ -9,9 +9,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from export.gguf import QUANTIZATIONS as GGUF_QUANTIZATIONS
-from export.mlc import QUANTIZATIONS as MLC_QUANTIZATIONS
-from export.onnx import FILE_NAMES as ONNX_PRECISIONS
+from export import quantizations
 from pipeline.errors import UserError
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
@@ -179,9 +177,9 @@ class Export(Section):
     @model_validator(mode="after")
     def known(self) -> Self:
         for key, wanted, available in (
-            ("gguf", self.gguf, GGUF_QUANTIZATIONS),
-            ("mlc", self.mlc, MLC_QUANTIZATIONS),
-            ("onnx", self.onnx, ONNX_PRECISIONS),
+            ("gguf", self.gguf, quantizations.GGUF),
+            ("mlc", self.mlc, quantizations.MLC),
+            ("onnx", self.onnx, quantizations.ONNX),
         ):
             for quantization in wanted:
                 if quantization not in available:

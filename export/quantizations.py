@@ -1,0 +1,29 @@
+"""What each format can be quantized to. Apart from the exporters, so that a recipe is checked without loading
+their libraries."""
+
+GGUF: dict[str, str] = {
+    "f16": "LLAMA_FTYPE_MOSTLY_F16",
+    "bf16": "LLAMA_FTYPE_MOSTLY_BF16",
+    "q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0",
+    "q6_k": "LLAMA_FTYPE_MOSTLY_Q6_K",
+    "q5_k_m": "LLAMA_FTYPE_MOSTLY_Q5_K_M",
+    "q5_k_s": "LLAMA_FTYPE_MOSTLY_Q5_K_S",
+    "q4_k_m": "LLAMA_FTYPE_MOSTLY_Q4_K_M",
+    "q4_k_s": "LLAMA_FTYPE_MOSTLY_Q4_K_S",
+    "q4_0": "LLAMA_FTYPE_MOSTLY_Q4_0",
+    "iq4_xs": "LLAMA_FTYPE_MOSTLY_IQ4_XS",
+    "q3_k_m": "LLAMA_FTYPE_MOSTLY_Q3_K_M",
+    "q2_k": "LLAMA_FTYPE_MOSTLY_Q2_K",
+}
+"""Names of quantizations and llama.cpp's constants for them."""
+
+MLC: dict[str, tuple[str, bool]] = {
+    "q4f32_1": ("float32", True),
+    "q4f16_1": ("float16", True),
+    "q0f32": ("float32", False),
+    "q0f16": ("float16", False),
+}
+"""Names, the model's dtype, and whether matrices are quantized to four bits."""
+
+ONNX = {"fp32": "model.onnx", "int8": "model_quantized.onnx", "int4": "model_q4.onnx"}
+"""Precisions and their file names, from the largest to the smallest file."""
