@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from export.errors import ExportError
+from export.processes import Finished, run_logged
 from export.quantizations import GGUF as QUANTIZATIONS
 
 CONVERTED = ("f16", "bf16")
@@ -34,6 +34,7 @@ def export_gguf(
     metadata: Mapping[str, Any] | None = None,
     threads: int = 2,
     progress: Callable[[str], None] | None = None,
+    log: Path | None = None,
 ) -> list[Path]:
     """Exports a Hugging Face folder to GGUF files ``NAME-QUANTIZATION.gguf``.
 
@@ -49,6 +50,7 @@ def export_gguf(
             ``language``, ``tags``), in place of those of the folder's own README.md.
         threads: CPU threads of quantization.
         progress: receives one line at the start of each step.
+        log: file that keeps what llama.cpp's converter and quantizer write.
 
     Returns:
         The files, in the order of ``quantizations``.
@@ -87,7 +89,7 @@ def export_gguf(
                 report(f"gguf: converting to {file_type}")
                 folder = files if file_type in quantizations else Path(temporary)
                 path = folder / f"{name}-{file_type}.gguf"
-                _convert(script, staging, path, file_type, pre_tokenizer, name, model_dir)
+                _convert(script, staging, path, file_type, pre_tokenizer, name, model_dir, log)
                 check_gguf(path, model_dir, config, weights)
                 converted[file_type] = path
             return converted[file_type]
@@ -99,7 +101,9 @@ def export_gguf(
             source = convert("f16")
             report(f"gguf: quantizing to {quantization}")
             path = files / f"{name}-{quantization}.gguf"
-            quantize_gguf(source, path, quantization, importance_matrix=importance_matrix, threads=threads)
+            quantize_gguf(
+                source, path, quantization, importance_matrix=importance_matrix, threads=threads, log=log
+            )
             check_gguf(path, model_dir, config, weights)
         if output_dir.exists():
             output_dir.rmdir()
@@ -114,6 +118,7 @@ def quantize_gguf(
     *,
     importance_matrix: Mapping[str, np.ndarray] | None = None,
     threads: int = 2,
+    log: Path | None = None,
 ) -> None:
     """Quantizes a 16-bit GGUF file with llama.cpp.
 
@@ -123,6 +128,7 @@ def quantize_gguf(
         quantization: key of ``QUANTIZATIONS``.
         importance_matrix: as of ``export_gguf``; tensors that it does not name are quantized without.
         threads: CPU threads.
+        log: file that keeps what llama.cpp writes.
 
     Raises:
         ExportError: the importance matrix does not fit the file, or llama.cpp refuses it.
@@ -133,10 +139,10 @@ def quantize_gguf(
             matrix_file = Path(temporary) / "importance.safetensors"
             _write_importance_matrix(matrix_file, importance_matrix, source)
             arguments.append(str(matrix_file))
-        finished = _run_beside("gguf_quantize_process.py", *arguments)
+        finished = _run_beside(log, "gguf_quantize_process.py", *arguments)
         if finished.returncode != 0:
-            raise ExportError(
-                f"{path.name}: llama.cpp cannot quantize to {quantization} ({_last_line(finished)})."
+            raise _failed(
+                finished, f"{path.name}: llama.cpp cannot quantize to {quantization} ({finished.reason()})."
             )
         Path(arguments[1]).rename(path)
 
@@ -200,42 +206,40 @@ def _convert(
     pre_tokenizer: str | None,
     name: str,
     model_dir: Path,
+    log: Path | None,
 ) -> None:
     named = ["--martlet-pre-tokenizer", pre_tokenizer] if pre_tokenizer else []
     finished = _run_beside(
+        log,
         "gguf_conversion_driver.py",
         *(str(script), *named, str(staging), "--outfile", str(path)),
         *("--outtype", file_type, "--model-name", name),
     )
     if finished.returncode == 0 and path.is_file():
         return
-    if "pre-tokenizer was not recognized" in finished.stderr:
+    if "pre-tokenizer was not recognized" in finished.output:
         raise ExportError(
             f"{model_dir / 'tokenizer.json'}: llama.cpp's converter does not recognise this pre-tokenizer; "
             "name the one it is like (pre_tokenizer, such as gpt-2, qwen2 or smollm), which the token-id "
             "gate then proves."
         )
-    raise ExportError(f"{model_dir}: llama.cpp's converter refuses this model ({_last_line(finished)}).")
+    raise _failed(finished, f"{model_dir}: llama.cpp's converter refuses this model ({finished.reason()}).")
 
 
-def _run_beside(file_name: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+def _run_beside(log: Path | None, file_name: str, *arguments: str) -> Finished:
     """Runs a script of this folder in its own process, without the network.
 
     ``-P`` keeps this folder off the script's import path, where ``onnx.py`` would pass for the library.
     """
     script = Path(__file__).with_name(file_name)
-    return subprocess.run(
-        [sys.executable, "-P", str(script), *arguments],
-        capture_output=True,
-        text=True,
-        errors="replace",
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
+    command = [sys.executable, "-P", str(script), *arguments]
+    return run_logged(command, log, {**os.environ, "HF_HUB_OFFLINE": "1"})
 
 
-def _last_line(finished: "subprocess.CompletedProcess[str]") -> str:
-    lines = [line.strip() for line in finished.stderr.splitlines() if line.strip()]
-    return lines[-1] if lines else f"exit status {finished.returncode}"
+def _failed(finished: Finished, sentence: str) -> ExportError:
+    error = ExportError(sentence)
+    error.add_note(finished.shown())
+    return error
 
 
 def _write_importance_matrix(path: Path, matrix: Mapping[str, np.ndarray], source: Path) -> None:

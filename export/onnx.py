@@ -16,7 +16,6 @@ Layout::
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -28,6 +27,7 @@ import onnx
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
 
 from export.errors import ExportError
+from export.processes import run_logged
 from export.quantizations import ONNX as FILE_NAMES
 
 # k_quant searches scale and zero point of each block for the least weighted error, as llama.cpp's k-quants
@@ -55,6 +55,7 @@ def export_onnx(
     *,
     progress: Callable[[str], None] | None = None,
     threads: int = 2,
+    log: Path | None = None,
 ) -> list[Path]:
     """Writes the ONNX folder of a model.
 
@@ -65,6 +66,7 @@ def export_onnx(
         precisions: any of ``fp32``, ``int8``, ``int4``, in any order.
         progress: told one sentence at each step.
         threads: CPU threads of the builder.
+        log: file that keeps what the builder writes.
 
     Returns:
         Paths of the ``.onnx`` files, in the order of ``precisions``.
@@ -86,7 +88,7 @@ def export_onnx(
         for precision in dict.fromkeys(precisions):
             tell(f"{name}: building the {precision} ONNX graph")
             built[precision] = workplace / precision
-            _run_builder(model_dir, built[precision], precision, threads)
+            _run_builder(model_dir, built[precision], precision, threads, log)
             graph = onnx.load(built[precision] / "model.onnx")
             genai_config = json.loads((built[precision] / "genai_config.json").read_text(encoding="utf-8"))
             _check_rope(graph, config, model_dir)
@@ -123,7 +125,7 @@ def _check_arguments(model_dir: Path, output_dir: Path, precisions: Sequence[str
         raise ExportError(f"{output_dir}: exists and is not empty; remove it or choose another folder.")
 
 
-def _run_builder(model_dir: Path, output_dir: Path, precision: str, threads: int) -> None:
+def _run_builder(model_dir: Path, output_dir: Path, precision: str, threads: int, log: Path | None) -> None:
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
     command += ["-i", str(model_dir), "-o", str(output_dir), "-p", precision, "-e", "cpu"]
     command += ["-c", str(output_dir.parent / "cache")]
@@ -133,23 +135,14 @@ def _run_builder(model_dir: Path, output_dir: Path, precision: str, threads: int
         "HF_HUB_OFFLINE": "1",
         "PYTHONIOENCODING": "utf-8",
     }
-    result = subprocess.run(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        errors="replace",
-        env=environment,
-        check=False,
-    )
-    if result.returncode == 0 and (output_dir / "model.onnx").is_file():
+    finished = run_logged(command, log, environment)
+    if finished.returncode == 0 and (output_dir / "model.onnx").is_file():
         return
-    lines = [line.strip() for line in result.stdout.splitlines() if line.strip()]
-    reason = lines[-1].rstrip(".") if lines else f"it ended with status {result.returncode} and said nothing"
-    raise ExportError(
-        f"{model_dir}: ONNX Runtime GenAI's builder cannot export it to {precision} ({reason})."
+    error = ExportError(
+        f"{model_dir}: ONNX Runtime GenAI's builder cannot export it to {precision} ({finished.reason()})."
     )
+    error.add_note(finished.shown())
+    raise error
 
 
 def _check_rope(graph: onnx.ModelProto, config: PretrainedConfig, model_dir: Path) -> None:

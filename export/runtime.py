@@ -117,3 +117,26 @@ def generate_greedily(runtime: Runtime, prompt_ids: Sequence[int], max_new_token
             break
         logits = runtime.decode(token_id)
     return new_ids
+
+
+def sample(
+    logits: np.ndarray, generator: np.random.Generator, temperature: float, top_p: float = 0.95
+) -> int:
+    """Nucleus sampling (Holtzman et al. 2020).
+
+    Args:
+        logits: of the next token ``[V]``.
+        generator: source of randomness.
+        temperature: divides the logits; above 0.
+        top_p: the most likely tokens that together have this probability are drawn from.
+    """
+    scaled = logits.astype(np.float64) / temperature
+    probabilities = np.exp(scaled - scaled.max())
+    probabilities /= probabilities.sum()
+    # Tokens below this share add up to less than what the nucleus leaves out: they need no sorting.
+    candidates = np.flatnonzero(probabilities > (1 - top_p) / len(probabilities))
+    order = candidates[np.argsort(-probabilities[candidates], kind="stable")]
+    cumulative = np.cumsum(probabilities[order])
+    kept = order[: int(np.searchsorted(cumulative, top_p)) + 1]
+    nucleus = probabilities[kept] / probabilities[kept].sum()
+    return int(generator.choice(kept, p=nucleus))

@@ -17,19 +17,40 @@ from rich.console import Console
 from rich.table import Table
 from typer.exceptions import TyperException
 
+from export import quantizations
 from export.errors import ExportError
 from pipeline.errors import EXIT_BAD_INPUT, EXIT_GATE_FAILED, EXIT_INTERRUPTED, GateFailed, UserError
 
 INTERRUPTED = "martlet: interrupted; the same command goes on where this one stopped."
 DEFAULT_RECIPE = Path("recipes/smollm2-135m-to-99m.yaml")
 
+WELCOME = """martlet distils a big language model into a small one and ships it to devices.
+
+A first run of every stage, on a small scale (minutes):
+
+  martlet check recipes/smoke.yaml
+  martlet ship recipes/smoke.yaml --release release-smoke
+  martlet chat release-smoke
+
+Then a model of your own: copy recipes/smollm2-135m-to-99m.yaml, whose comments explain the keys.
+
+martlet --help lists the commands, martlet COMMAND --help explains one, and
+martlet --install-completion teaches them to your shell."""
+
 app = typer.Typer(
     help="martlet distils a big language model into a small one and ships it to devices.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on the last line.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors and the result.")]
 RecipePath = Annotated[Path, typer.Argument(help="Path of a recipe, a YAML file.")]
+
+
+@app.callback(invoke_without_command=True)
+def welcome(context: typer.Context) -> None:
+    """What ``martlet`` alone says: how to begin."""
+    if context.invoked_subcommand is None:
+        print(WELCOME)
 
 
 @app.command()
@@ -37,23 +58,32 @@ def ship(
     recipe: RecipePath = DEFAULT_RECIPE,
     store: Annotated[Path, typer.Option(help="Folder of finished stages.")] = Path("store"),
     release: Annotated[Path, typer.Option(help="Where the release is laid out.")] = Path("release"),
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run a recipe from teacher to release folder. Example: martlet ship recipes/smoke.yaml"""
-    check_recipe_file(recipe)
-    with quiet_prefect(store):
+    """Run a recipe from teacher to release folder.
+
+    Example: martlet ship recipes/smoke.yaml --release release-smoke
+    """
+    plan = check_recipe_file(recipe)
+    with quiet_prefect(store), progress_shown(plan, recipe, store, release, quiet) as live:
         from flows.distill_and_ship import distill_and_ship
 
         result = distill_and_ship(str(recipe), str(store), str(release))
     if as_json:
         print(json.dumps(result))
+    elif quiet:
+        print(result["release"])
     else:
-        show_release(result)
+        show_release(result, with_stages=not live)
 
 
 @app.command()
 def check(recipe: RecipePath = DEFAULT_RECIPE, as_json: AsJson = False) -> None:
-    """Check a recipe and run nothing. Example: martlet check recipes/smoke.yaml"""
+    """Check a recipe and run nothing.
+
+    Example: martlet check recipes/smoke.yaml
+    """
     plan = check_recipe_file(recipe)
     if as_json:
         print(json.dumps({"recipe": str(recipe), "name": plan.name, "valid": True}))
@@ -65,16 +95,28 @@ def check(recipe: RecipePath = DEFAULT_RECIPE, as_json: AsJson = False) -> None:
 def export(
     model: Annotated[Path, typer.Argument(help="Hugging Face folder with safetensors.")],
     output: Annotated[Path, typer.Option(help="New folder that receives the files.")],
-    format: Annotated[str, typer.Option(help="gguf, mlc or onnx.")] = "gguf",
-    quantization: Annotated[str, typer.Option(help="Quantizations, separated by commas.")] = "q4_k_m",
+    format: Annotated[
+        str, typer.Option(help="gguf, mlc or onnx.", autocompletion=lambda: ["gguf", "mlc", "onnx"])
+    ] = "gguf",
+    quantization: Annotated[
+        str,
+        typer.Option(
+            help="Quantizations, separated by commas.",
+            autocompletion=lambda: [*quantizations.GGUF, *quantizations.MLC, *quantizations.ONNX],
+        ),
+    ] = "q4_k_m",
     name: Annotated[str | None, typer.Option(help="First part of the file names.")] = None,
     pre_tokenizer: Annotated[str | None, typer.Option(help="llama.cpp's name of the pre-tokenizer.")] = None,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Export any Hugging Face folder. Example: martlet export my-model --format gguf --output out"""
+    """Export any Hugging Face folder.
+
+    Example: martlet export my-model --format gguf --quantization q8_0,q4_k_m --output my-model-gguf
+    """
     wanted = [part.strip() for part in quantization.split(",") if part.strip()]
     name = name or model.resolve().name
-    report = progress_line
+    report = (lambda line: None) if quiet else progress_line
     if format == "gguf":
         from export.gguf import export_gguf
 
@@ -101,7 +143,10 @@ def validate(
     release: Annotated[Path, typer.Argument(help="Release folder.")] = Path("release"),
     as_json: AsJson = False,
 ) -> None:
-    """Check every file of a release against its manifest. Example: martlet validate release"""
+    """Check every file of a release against its manifest.
+
+    Example: martlet validate release
+    """
     from pipeline.release import verify
 
     problems = verify(release)
@@ -115,15 +160,31 @@ def validate(
 
 @app.command()
 def chat(
-    model: Annotated[Path, typer.Argument(help="A .gguf or .onnx file, an MLC or a Hugging Face folder.")],
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RELEASE_OR_FILE",
+            help="A release, a .gguf or .onnx file, or an MLC or Hugging Face folder.",
+        ),
+    ] = Path("release"),
+    file: Annotated[
+        str | None, typer.Option(help="Which of several: a part of its path, such as q4_k_m or ONNX.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the most likely token.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
 ) -> None:
-    """Talk with any released file. Example: martlet chat release/NAME-Instruct-GGUF/name-q4_k_m.gguf"""
-    from export.runtime import open_runtime
-    from pipeline.chat import converse
+    """Talk with any released file.
 
-    converse(open_runtime(model, threads), max_tokens)
+    Example: martlet chat release --file q4_k_m
+    """
+    from export.runtime import open_runtime
+    from pipeline.chat import converse, find_model, tell
+
+    found, others = find_model(model, file)
+    tell(f"{found}" + (f" (--file chooses another of {len(others) + 1})" if others else ""))
+    converse(open_runtime(found, threads), max_tokens, temperature, seed)
 
 
 def check_recipe_file(path: Path) -> Any:
@@ -159,19 +220,39 @@ def quiet_prefect(store: Path) -> Iterator[None]:
     os.environ.setdefault("PREFECT_RESULTS_PERSIST_BY_DEFAULT", "false")
     for name in ("prefect", "httpx", "uvicorn"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    progress = logging.getLogger("martlet")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
-    progress.setLevel(logging.INFO)
-    progress.propagate = False
-    progress.addHandler(handler)
     before = {number: signal.signal(number, stop_now) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
         for number, earlier in before.items():
             signal.signal(number, earlier)
-        progress.removeHandler(handler)
+
+
+@contextlib.contextmanager
+def progress_shown(plan: Any, recipe: Path, store: Path, release: Path, quiet: bool) -> Iterator[bool]:
+    """Shows the flow's progress on standard error: one live view in a terminal, lines elsewhere and in CI,
+    nothing where quiet is wanted. The value is whether it is the live view."""
+    progress = logging.getLogger("martlet")
+    progress.setLevel(logging.INFO)
+    progress.propagate = False
+    console = Console(stderr=True)
+    live = not quiet and console.is_terminal and not console.is_dumb_terminal and "CI" not in os.environ
+    with contextlib.ExitStack() as stack:
+        handler: logging.Handler = logging.NullHandler() if quiet else logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+        if live:
+            with console.status("Loading the libraries ..."):
+                from flows.distill_and_ship import stage_names
+                from flows.live_view import LiveView
+
+            foot = f"stages: {store}   logs: {store / 'logs'}   release: {release}"
+            view = LiveView(console, f"{plan.name}  ({recipe})", stage_names(plan), foot)
+            handler = stack.enter_context(view)
+        progress.addHandler(handler)
+        try:
+            yield live
+        finally:
+            progress.removeHandler(handler)
 
 
 def stop_now(number: int, frame: FrameType | None) -> None:
@@ -184,20 +265,23 @@ def stop_now(number: int, frame: FrameType | None) -> None:
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             child.kill()
+    Console(stderr=True).show_cursor()  # the live view hides it
     print(INTERRUPTED, file=sys.stderr, flush=True)
     os._exit(EXIT_INTERRUPTED)
 
 
-def show_release(result: dict[str, Any]) -> None:
-    """The stages with their times, and where the release is."""
+def show_release(result: dict[str, Any], with_stages: bool) -> None:
+    """The stages with their times, where the live view has not shown them, and where the release is."""
     console = Console()
-    table = Table(title="Stages", title_justify="left")
-    table.add_column("stage")
-    table.add_column("seconds", justify="right")
-    table.add_column("")
-    for stage in result["stages"]:
-        table.add_row(stage["name"], f"{stage['seconds']:.1f}", "from the store" if stage["cached"] else "")
-    console.print(table)
+    if with_stages:
+        table = Table(title="Stages", title_justify="left")
+        table.add_column("stage")
+        table.add_column("seconds", justify="right")
+        table.add_column("")
+        for stage in result["stages"]:
+            cached = "from the store" if stage["cached"] else ""
+            table.add_row(stage["name"], f"{stage['seconds']:.1f}", cached)
+        console.print(table)
     table = Table(title="Files", title_justify="left")
     for heading in ("file", "MB", "mean KL to the model", "tokens/s"):
         table.add_column(heading, justify="left" if heading == "file" else "right")
@@ -212,6 +296,16 @@ def show_release(result: dict[str, Any]) -> None:
     console.print(table)
     console.print(f"Release: {result['release']}", soft_wrap=True)
     console.print(f"Report:  {Path(result['release']) / 'report.html'}", soft_wrap=True)
+    console.print(f"Talk:    martlet chat {result['release']}", soft_wrap=True)
+
+
+def show_notes(error: BaseException) -> None:
+    """What a child process said before it failed; it hangs on the error or on one of its causes."""
+    cause: BaseException | None = error
+    while cause is not None:
+        for note in getattr(cause, "__notes__", []):
+            print(note, file=sys.stderr)
+        cause = cause.__cause__
 
 
 def run(command: Callable[[], Any]) -> int:
@@ -222,6 +316,7 @@ def run(command: Callable[[], Any]) -> int:
         print(f"martlet: {error}", file=sys.stderr)
         return EXIT_GATE_FAILED
     except (UserError, ExportError) as error:
+        show_notes(error)
         print(f"martlet: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
@@ -245,7 +340,7 @@ def main() -> None:
 
     def command() -> None:
         try:
-            app(standalone_mode=False)
+            app(prog_name="martlet", standalone_mode=False)
         except typer.Abort:
             raise KeyboardInterrupt from None
         except TyperException as error:  # a wrong option or a missing argument

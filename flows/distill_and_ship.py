@@ -5,6 +5,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,21 @@ from pipeline import release as release_stage
 from pipeline.artifacts import Artifact, Store
 from pipeline.check import check_recipe
 from pipeline.errors import UserError
-from pipeline.recipe import load_recipe
+from pipeline.recipe import Recipe, load_recipe
 
 FLOW_NAME = "distill-and-ship"
 DEFAULT_RECIPE = "recipes/smollm2-135m-to-99m.yaml"
 
 
 logger = logging.getLogger("martlet")
-"""Progress, one line at a time: the command line shows it on standard error."""
+"""Progress, one line at a time, which the command line shows on standard error. A record's ``stage`` names
+the stage that speaks, its ``state`` says when that begins ("running") and ends ("done", or "cached")."""
+
+speaking: ContextVar[str] = ContextVar("speaking", default="")
+"""The stage that runs in this thread."""
 
 
-def stage(function: Callable[..., Any], name: str, report: Callable[[str], None]) -> Any:
+def stage(function: Callable[..., Any], name: str, report: Callable[..., None]) -> Any:
     """A stage as a Prefect task that tells when it starts and what it took.
 
     The store decides what is computed again, so Prefect caches nothing; and a stage fails on bad input or a
@@ -50,14 +55,34 @@ def stage(function: Callable[..., Any], name: str, report: Callable[[str], None]
 
     @functools.wraps(function)
     def told(*arguments: Any, **keywords: Any) -> Any:
-        report(f"{name} ...")
-        started = time.monotonic()
-        result = function(*arguments, **keywords)
-        how = "from the store" if getattr(result, "cached", False) else f"{time.monotonic() - started:.1f} s"
-        report(f"{name}: done, {how}")
-        return result
+        token = speaking.set(name)
+        try:
+            report(f"{name} ...", state="running")
+            started = time.monotonic()
+            result = function(*arguments, **keywords)
+            cached = getattr(result, "cached", False)
+            how = "from the store" if cached else f"{time.monotonic() - started:.1f} s"
+            report(f"{name}: done, {how}", state="cached" if cached else "done")
+            return result
+        finally:
+            speaking.reset(token)
 
     return task(name=name, cache_policy=NO_CACHE, retries=0, persist_result=False)(told)
+
+
+def stage_names(plan: Recipe) -> list[str]:
+    """The stages that the flow goes through with this recipe, in its order."""
+    formats = [name for name in exports.FORMATS if getattr(plan.export, name)]
+    return [
+        *("teacher", "prepare", "chats", "student"),
+        *(["hidden states"] if plan.teacher.cache == "hidden" else []),
+        "distill",
+        *(["control"] if plan.distill.control else []),
+        *(["pretrain"] if plan.pretrain is not None else []),
+        "instruct",
+        *(f"{step} {name}" for step in ("export", "validate", "bench") for name in formats),
+        "release",
+    ]
 
 
 def run_name() -> str:
@@ -96,9 +121,9 @@ def distill_and_ship(
     """
     run_logger = get_run_logger()
 
-    def report(line: str) -> None:
+    def report(line: str, state: str | None = None) -> None:
         run_logger.info(line)
-        logger.info(line)
+        logger.info(line, extra={"stage": speaking.get(), "state": state})
 
     def step(function: Callable[..., Any], name: str) -> Any:
         return stage(function, name, report)

@@ -106,6 +106,10 @@ class Store:
         self.root = Path(root).resolve()
         self.report = report
 
+    def log_file(self, name: str) -> Path:
+        """Where the output of a child process is kept: ``logs/NAME.log`` in the store."""
+        return self.root / "logs" / f"{name.replace(' ', '-')}.log"
+
     def get_or_make(
         self,
         stage: str,

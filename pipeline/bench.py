@@ -2,16 +2,16 @@
 
 import json
 import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from export.processes import run_logged
 from pipeline.artifacts import Artifact, Store, write_json
 from pipeline.errors import UserError
+from pipeline.progress import Progress
 from pipeline.recipe import Recipe
 
 STAGE = "device"
@@ -40,10 +40,11 @@ def run(store: Store, recipe: Recipe, exported: Artifact, text: Artifact) -> Art
             )
         prompt = held_out[: section.prompt_tokens].tolist()
         results = []
-        for entry in json.loads((exported.path / "files.json").read_text(encoding="utf-8")):
-            store.report(
-                f"bench: {entry['format']} {entry['quantization']}, {section.repetitions} repetitions"
-            )
+        entries = json.loads((exported.path / "files.json").read_text(encoding="utf-8"))
+        for number, entry in enumerate(entries):
+            label = f"{entry['format']} {entry['quantization']}"
+            what = f"bench: {label}, {section.repetitions} repetitions"
+            store.report(Progress(what, number, len(entries), "files"))
             measured = _measure(
                 {
                     "file": str(exported.path / entry["path"]),
@@ -53,6 +54,7 @@ def run(store: Store, recipe: Recipe, exported: Artifact, text: Artifact) -> Art
                     "threads": section.threads,
                 },
                 work,
+                store.log_file(f"bench {label}"),
             )
             results.append(
                 {
@@ -79,7 +81,7 @@ def is_reliable(cpu_pressure: float | None, max_cpu_pressure: float) -> bool:
     return cpu_pressure is not None and cpu_pressure <= max_cpu_pressure
 
 
-def _measure(request: dict[str, Any], work: Path) -> dict[str, Any]:
+def _measure(request: dict[str, Any], work: Path, log: Path) -> dict[str, Any]:
     """Runs ``pipeline.bench_worker``.
 
     Raises:
@@ -88,19 +90,13 @@ def _measure(request: dict[str, Any], work: Path) -> dict[str, Any]:
     request_file, result_file = work / "request.json", work / "result.json"
     write_json(request_file, request)
     threads = str(request["threads"])
-    finished = subprocess.run(
+    finished = run_logged(
         [sys.executable, "-m", "pipeline.bench_worker", str(request_file), str(result_file)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        env={**os.environ, "OMP_NUM_THREADS": threads, "TVM_NUM_THREADS": threads},
+        log,
+        {**os.environ, "OMP_NUM_THREADS": threads, "TVM_NUM_THREADS": threads},
     )
     if finished.returncode == 0:
         return json.loads(result_file.read_text(encoding="utf-8"))
-    lines = [line.strip() for line in finished.stderr.splitlines() if line.strip()]
-    # What a failed assertion says comes first, a trace of the stack follows.
-    reason = lines[0 if finished.returncode < 0 else -1].rstrip(".") if lines else "it said nothing"
-    if finished.returncode < 0:
-        reason = f"the process was ended by {signal.Signals(-finished.returncode).name}: {reason}"
-    raise UserError(f"{Path(request['file']).name}: cannot be measured ({reason}).")
+    error = UserError(f"{Path(request['file']).name}: cannot be measured ({finished.reason()}).")
+    error.add_note(finished.shown())
+    raise error

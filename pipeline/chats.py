@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 
 from export.llama_cpp_runtime import LlamaCppRuntime
-from export.runtime import Runtime
+from export.runtime import Runtime, sample
 from export.torch_runtime import TorchRuntime
 from pipeline.artifacts import Artifact, Store, write_json
 from pipeline.chat_template import render_with_mask
 from pipeline.errors import UserError
 from pipeline.models import load_tokenizer, throttled
+from pipeline.progress import Progress
 from pipeline.recipe import Recipe
 from pipeline.sources import conversations, everyday_prompts, reasoning_prompts, source_digests
 from pipeline.teacher import packaged_gguf
@@ -208,10 +209,8 @@ def _answered(
                     asked, tokens = asked + 1, tokens + count
                     elapsed = time.monotonic() - started
                     left = max(0, wanted - number - 1) * elapsed / asked
-                    report(
-                        f"chats: the teacher has answered {number + 1} of {wanted} prompts, "
-                        f"{tokens / elapsed:.0f} tok/s, {left:.0f} s left"
-                    )
+                    rate = f"{tokens / elapsed:.0f} tok/s"
+                    report(Progress("chats: the teacher answers", number + 1, wanted, "prompts", rate, left))
                 yield prompt, answers[prompt]
     finally:
         pool.shutdown(cancel_futures=True)
@@ -240,7 +239,7 @@ def _answer(runtime: Runtime, prompt: str, max_tokens: int, seed: list[int]) -> 
     new_ids: list[int] = []
     ended = False
     while len(new_ids) < max_tokens:
-        token_id = _sample(logits, generator)
+        token_id = sample(logits, generator, TEMPERATURE, TOP_P)
         if token_id in runtime.end_of_turn_ids:
             ended = True
             break
@@ -266,17 +265,3 @@ def tidy_answer(text: str, ended: bool) -> str:
     words = text.lower().split()
     runs = Counter(zip(*(words[start:] for start in range(REPEATED_WORDS)), strict=False))
     return "" if max(runs.values(), default=0) >= REPETITIONS else text
-
-
-def _sample(logits: np.ndarray, generator: np.random.Generator) -> int:
-    """Nucleus sampling (Holtzman et al. 2020) at ``TEMPERATURE``."""
-    scaled = logits.astype(np.float64) / TEMPERATURE
-    probabilities = np.exp(scaled - scaled.max())
-    probabilities /= probabilities.sum()
-    # Tokens below this share add up to less than what the nucleus leaves out: they need no sorting.
-    candidates = np.flatnonzero(probabilities > (1 - TOP_P) / len(probabilities))
-    order = candidates[np.argsort(-probabilities[candidates], kind="stable")]
-    cumulative = np.cumsum(probabilities[order])
-    kept = order[: int(np.searchsorted(cumulative, TOP_P)) + 1]
-    nucleus = probabilities[kept] / probabilities[kept].sum()
-    return int(generator.choice(kept, p=nucleus))

@@ -46,11 +46,18 @@ def run(store: Store, recipe: Recipe, instruct: Artifact, format: str) -> Artifa
                     metadata=metadata,
                     threads=recipe.threads,
                     progress=store.report,
+                    log=store.log_file("export gguf"),
                 )
                 quantizations = recipe.export.gguf
             elif format == "onnx":
                 paths = export_onnx(
-                    model_dir, files, name, recipe.export.onnx, threads=recipe.threads, progress=store.report
+                    model_dir,
+                    files,
+                    name,
+                    recipe.export.onnx,
+                    threads=recipe.threads,
+                    progress=store.report,
+                    log=store.log_file("export onnx"),
                 )
                 quantizations = recipe.export.onnx
             else:

@@ -9,6 +9,7 @@ import numpy as np
 
 from pipeline.artifacts import Artifact, Store
 from pipeline.models import load_model, position_ids, throttled
+from pipeline.progress import Progress
 from pipeline.recipe import Recipe
 from taid import write_hidden_state_cache
 
@@ -63,9 +64,8 @@ def progress_lines(report: Callable[[str], None], split: str, length: int) -> Ca
         # What an earlier, killed run had finished does not count for the rate.
         first = done if first is None else first
         rate = (done - first) * length / max(time.monotonic() - started, 1e-9)
-        left = f", {(total - done) * length / rate:.0f} s left" if rate else ""
-        report(
-            f"hidden states: {split} {done * length:,} of {total * length:,} tokens, {rate:.0f} tok/s{left}"
-        )
+        left = (total - done) * length / rate if rate else None
+        what = f"hidden states: {split}"
+        report(Progress(what, done * length, total * length, "tokens", f"{rate:.0f} tok/s", left))
 
     return progress

@@ -10,6 +10,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 
 from pipeline.errors import UserError
 from pipeline.models import throttled
+from pipeline.progress import Progress
 from pipeline.recipe import Training
 from taid import TaidError, last_complete_checkpoint
 
@@ -71,12 +72,14 @@ class ProgressLines(TrainerCallback):
             return
         done = state.global_step - self.first_step
         left = (time.monotonic() - self.started) / max(done, 1) * (state.max_steps - state.global_step)
-        parts = [f"{self.label}: step {state.global_step} of {state.max_steps}, loss {logs['loss']:.3f}"]
+        figures = [f"loss {logs['loss']:.3f}"]
         if "t" in logs:
-            parts.append(f"t {logs['t']:.2f}")
+            figures.append(f"t {logs['t']:.2f}")
         if "tokens_per_second" in logs:
-            parts.append(f"{logs['tokens_per_second']:.0f} tok/s")
-        self.report(", ".join([*parts, f"{left:.0f} s left"]))
+            figures.append(f"{logs['tokens_per_second']:.0f} tok/s")
+        self.report(
+            Progress(self.label, state.global_step, state.max_steps, "steps", ", ".join(figures), left)
+        )
 
 
 def train(trainer: Any, work: Path, section: str) -> float:

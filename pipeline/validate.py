@@ -2,18 +2,18 @@
 
 import json
 import math
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from export.processes import run_logged
 from pipeline.artifacts import Artifact, Store, write_json
 from pipeline.chat_template import render_with_mask
 from pipeline.errors import GateFailed, UserError
 from pipeline.models import load_tokenizer
+from pipeline.progress import Progress
 from pipeline.recipe import Recipe, Thresholds
 
 STAGE = "fidelity"
@@ -59,10 +59,12 @@ def run(
     def make(output: Path, work: Path) -> None:
         reference = reference_logits(store, recipe, instruct, text, chats)
         results = []
-        for entry in json.loads((exported.path / "files.json").read_text(encoding="utf-8")):
-            store.report(f"validate: {entry['format']} {entry['quantization']}")
+        entries = json.loads((exported.path / "files.json").read_text(encoding="utf-8"))
+        for number, entry in enumerate(entries):
+            label = f"validate {entry['format']} {entry['quantization']}"
+            store.report(Progress(label.replace(" ", ": ", 1), number, len(entries), "files"))
             request = {"file": str(exported.path / entry["path"]), "reference": str(reference.path)}
-            problem, measured = _worker(request | {"threads": recipe.threads}, work)
+            problem, measured = _worker(request | {"threads": recipe.threads}, work, store, label)
             thresholds = recipe.validate_.thresholds.get(entry["quantization"], recipe.validate_.default)
             name = Path(entry["path"]).name
             if problem is None:
@@ -104,7 +106,7 @@ def reference_logits(
         rows = evaluation_rows(recipe, instruct, text, chats)
         model = str(instruct.path / "model")
         request = {"model": model, "rows": rows, "reference": str(output), "threads": recipe.threads}
-        problem, _ = _worker(request, work)
+        problem, _ = _worker(request, work, store, "validate reference")
         if problem is not None:
             raise UserError(f"{model}: the model cannot be run in torch ({problem}).")
 
@@ -208,23 +210,18 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _worker(request: dict[str, Any], folder: Path) -> tuple[str | None, dict[str, Any]]:
+def _worker(
+    request: dict[str, Any], folder: Path, store: Store, label: str
+) -> tuple[str | None, dict[str, Any]]:
     """Runs ``pipeline.validate_worker``: (what went wrong or None, its result)."""
     request_file, result_file = folder / "request.json", folder / "result.json"
     result_file.unlink(missing_ok=True)
     write_json(request_file, request)
-    finished = subprocess.run(
+    finished = run_logged(
         [sys.executable, "-m", "pipeline.validate_worker", str(request_file), str(result_file)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
+        store.log_file(label),
     )
     if finished.returncode == 0:
         return None, json.loads(result_file.read_text(encoding="utf-8")) if result_file.exists() else {}
-    lines = [line.strip() for line in finished.stderr.splitlines() if line.strip()]
-    if finished.returncode < 0:
-        # What a failed assertion says comes first, a trace of the stack follows.
-        said = lines[0].rstrip(".") if lines else "it said nothing"
-        return f"the process was ended by {signal.Signals(-finished.returncode).name}: {said}", {}
-    return lines[-1].rstrip(".") if lines else "it said nothing", {}
+    store.report(f"{label}: {finished.shown()}")
+    return finished.reason(), {}

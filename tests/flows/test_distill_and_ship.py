@@ -7,6 +7,9 @@ from typing import Any
 
 import anyio
 
+from flows.distill_and_ship import stage_names
+from pipeline.recipe import load_recipe
+
 
 def test_ship_fails_at_a_gate_then_goes_on_and_computes_nothing_twice(
     martlet: Callable[..., tuple[int, str, str]],
@@ -45,6 +48,17 @@ def test_ship_fails_at_a_gate_then_goes_on_and_computes_nothing_twice(
     code, out, err = ship()
     assert code == 0, err
     assert all(stage["cached"] for stage in json.loads(out.splitlines()[-1])["stages"])
+    begun = [
+        line.split("  ", 1)[1].removesuffix(" ...") for line in err.splitlines() if line.endswith(" ...")
+    ]
+    assert begun == stage_names(load_recipe(write_recipe(tiny_recipe)))
+    logs = tmp_path / "store" / "logs"
+    assert {path.stem for path in logs.iterdir()} == {
+        "export-gguf",
+        "validate-reference",
+        "validate-gguf-q8_0",
+        "bench-gguf-q8_0",
+    }
 
     states, artifacts = anyio.run(what_prefect_knows)
     assert states["Completed"] >= 2

@@ -11,6 +11,7 @@ import pyarrow.parquet
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from export.runtime import sample
 from export.torch_runtime import TorchRuntime
 from pipeline import chats
 from pipeline.artifacts import Artifact, Store
@@ -225,7 +226,8 @@ def test_sampling_is_temperature_and_nucleus() -> None:
     expected /= expected.sum()
     assert 1 < inside.sum() < 4
     generator = np.random.default_rng(0)
-    counts = np.bincount([chats._sample(logits, generator) for _ in range(20_000)], minlength=4) / 20_000
+    drawn = [sample(logits, generator, chats.TEMPERATURE, chats.TOP_P) for _ in range(20_000)]
+    counts = np.bincount(drawn, minlength=4) / 20_000
     assert counts[~inside].sum() == 0
     assert np.abs(counts - expected).max() < 0.015
 

@@ -1,0 +1,76 @@
+"""Child processes whose output is kept in a file and shown when they fail."""
+
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+SHOWN_LINES = 20
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A child process that has ended.
+
+    Attributes:
+        returncode: its exit status; negative when a signal ended it.
+        output: what it wrote to standard output and standard error.
+        log: the file that holds it; None when nobody asked for one.
+    """
+
+    returncode: int
+    output: str
+    log: Path | None
+
+    def reason(self) -> str:
+        """Why it failed, as part of a sentence: its last line. What a failed assertion says comes first, and
+        a trace of the stack follows, so of a process that a signal ended it is the first."""
+        lines = [line.strip() for line in self.output.splitlines() if line.strip()]
+        if self.returncode < 0:
+            name = signal.Signals(-self.returncode).name
+            said = lines[0].rstrip(".") if lines else "it said nothing"
+            return f"the process was ended by {name}: {said}"
+        if not lines:
+            return f"it ended with status {self.returncode} and said nothing"
+        return lines[-1].rstrip(".")
+
+    def shown(self) -> str:
+        """The end of its output and where all of it is, for people who look for the cause."""
+        lines = self.output.rstrip().splitlines()
+        where = f"the whole output is in {self.log}" if self.log is not None else "its output"
+        return "\n".join([f"The process that failed said ({where}):", *lines[-SHOWN_LINES:]])
+
+
+def run_logged(
+    command: Sequence[str], log: Path | None = None, environment: Mapping[str, str] | None = None
+) -> Finished:
+    """Runs a command to its end, without standard input.
+
+    Args:
+        command: the program and its arguments; no shell sees them.
+        log: file to append the output to while it is written, after a line with time and command.
+        environment: all of its environment variables; this process's by default.
+    """
+    if log is None:
+        with tempfile.TemporaryFile() as file:
+            status = _run(command, file.fileno(), environment)
+            file.seek(0)
+            return Finished(status, file.read().decode(errors="replace"), None)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(command)}\n".encode())
+        file.flush()
+        start = file.tell()
+        status = _run(command, file.fileno(), environment)
+    with log.open("rb") as file:
+        file.seek(start)
+        return Finished(status, file.read().decode(errors="replace"), log)
+
+
+def _run(command: Sequence[str], output: int, environment: Mapping[str, str] | None) -> int:
+    return subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
+    ).returncode

@@ -1,0 +1,227 @@
+"""What people see in a terminal: the live view, help, completion, and a conversation in a pseudo-terminal."""
+
+import io
+import logging
+import os
+import pty
+import re
+import select
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer
+from rich.console import Console
+
+from export.gguf import export_gguf
+from flows.command_line import app
+from flows.live_view import LiveView
+from pipeline.progress import Progress, readable_seconds
+
+ROOT = Path(__file__).parents[2]
+GROUP = typer.main.get_command(app)
+COMMANDS: dict[str, typer.core.TyperCommand] = GROUP.commands  # type: ignore[attr-defined]
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+def say(view: LiveView, line: str, stage: str = "", state: str | None = None) -> None:
+    record = logging.LogRecord("martlet", logging.INFO, "", 0, line, None, None)
+    record.stage, record.state = stage, state
+    view.handle(record)
+
+
+def screen(view: LiveView) -> list[str]:
+    console = Console(file=io.StringIO(), width=view.console.width, height=view.console.height)
+    console.print(view)
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def view() -> LiveView:
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, height=12)
+    return LiveView(console, "Tiny  (tiny.yaml)", ["teacher", "distill", "export gguf"], "release: here")
+
+
+def test_live_view_tells_what_each_stage_does(view: LiveView) -> None:
+    with view:
+        say(view, "teacher ...", "teacher", "running")
+        say(view, "teacher: done", "teacher", "cached")
+        say(view, "distill ...", "distill", "running")
+        say(view, Progress("distill", 12, 48, "steps", "loss 3.250, 178 tok/s", 83.0), "distill")
+        title, teacher, distill, export, foot = screen(view)
+        say(view, "warning: a damaged artifact", "distill")
+        say(view, "distill: done", "distill", "done")
+    assert title.startswith("Tiny  (tiny.yaml)")
+    assert teacher.split() == ["✓", "teacher", "from", "the", "store"]
+    assert "distill" in distill
+    assert "12/48 · loss 3.250, 178 tok/s · 1 min 23 s left" in distill
+    assert "━━━━╸ " in distill  # a quarter of 18 cells
+    assert export.split() == ["·", "export", "gguf"]
+    assert foot == "release: here"
+    assert "12/48" not in "\n".join(screen(view))
+    said = ESCAPES.sub("", view.console.file.getvalue())  # type: ignore[attr-defined]
+    assert "warning: a damaged artifact" in said
+
+
+def test_live_view_marks_what_failed(view: LiveView) -> None:
+    view.__enter__()
+    say(view, "distill ...", "distill", "running")
+    view.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
+    assert re.search(r"✗ distill +failed after 0 s", "\n".join(screen(view)))
+
+
+def test_live_view_fits_a_low_screen_while_it_runs_and_shows_all_in_the_end() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=60, height=8)
+    names = [f"stage {number}" for number in range(20)]
+    view = LiveView(console, "Long", names, "foot")
+    with view:
+        for name in names[:18]:
+            say(view, name, name, "running")
+            say(view, name, name, "done")
+        say(view, names[18], names[18], "running")
+        running = screen(view)
+    assert len(running) <= 8
+    assert any(line.startswith("✓ 16 stages") or "stages" in line for line in running)
+    assert any("stage 18" in line for line in running)
+    assert all(any(line.split()[1:3] == name.split() for line in screen(view)) for name in names)
+
+
+def test_progress_is_its_line() -> None:
+    line = Progress("hidden states: train", 1_000, 4_000, "tokens", "210 tok/s", 7.4)
+    assert line == "hidden states: train: 1,000 of 4,000 tokens, 210 tok/s, 7 s left"
+    assert [readable_seconds(s) for s in (0.4, 59.4, 60, 3_599, 7_265)] == [
+        "0 s",
+        "59 s",
+        "1 min 0 s",
+        "59 min 59 s",
+        "2 h 1 min",
+    ]
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_has_an_example_that_it_understands(name: str) -> None:
+    command = COMMANDS[name]
+    found = re.search(r"Example: martlet (.+)", command.help or "")
+    assert found, f"martlet {name} --help shows no example"
+    first, *arguments = shlex.split(found[1].strip().rstrip("."))
+    assert first == name
+    command.make_context(name, arguments)  # raises where an option or a value does not exist
+    assert all((ROOT / word).exists() for word in arguments if word.startswith("recipes/"))
+
+
+def test_without_arguments_it_says_what_to_do(martlet: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = martlet()
+    assert (code, err) == (0, "")
+    lines = [shlex.split(line)[1:] for line in out.splitlines() if line.startswith("  martlet")]
+    assert [line[0] for line in lines] == ["check", "ship", "chat"]
+    for first, *arguments in lines:
+        COMMANDS[first].make_context(first, arguments)
+    assert (ROOT / lines[0][1]).is_file()
+
+
+def test_the_shell_completes_commands_and_values() -> None:
+    def completions(words: str, place: int) -> set[str]:
+        program = "import sys; sys.argv = ['martlet']; from flows.command_line import main; main()"
+        environment = {"_MARTLET_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(place)}
+        finished = subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, **environment},
+        )
+        return set(finished.stdout.split())
+
+    assert {"check", "chat"} <= completions("martlet ch", 1)
+    assert completions("martlet export model --format ", 4) == {"gguf", "mlc", "onnx"}
+
+
+@pytest.fixture(scope="module")
+def tiny_gguf(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    folder = tmp_path_factory.mktemp("chat") / "files"
+    return export_gguf(tiny_model_dir, folder, "tiny", ["f16"], pre_tokenizer="smollm")[0]
+
+
+class Terminal:
+    """A program in a pseudo-terminal of its own."""
+
+    def __init__(self, *arguments: str) -> None:
+        main, other = pty.openpty()
+        self.descriptor = main
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "flows.command_line", *arguments],
+            stdin=other,
+            stdout=other,
+            stderr=other,
+            cwd=ROOT,
+            start_new_session=True,
+            preexec_fn=take_terminal,
+        )
+        os.close(other)
+        self.seen = ""
+
+    def until(self, pattern: str, seconds: float = 60) -> re.Match[str]:
+        """Reads until what was not matched before matches; that is taken away then."""
+        end = time.monotonic() + seconds
+        while not (found := re.search(pattern, ESCAPES.sub("", self.seen), flags=re.DOTALL)):
+            assert time.monotonic() < end, f"no {pattern!r} in {self.seen!r}"
+            if select.select([self.descriptor], [], [], 0.2)[0]:
+                try:
+                    self.seen += os.read(self.descriptor, 4096).decode(errors="replace")
+                except OSError:  # the program has ended
+                    assert re.search(pattern, ESCAPES.sub("", self.seen), flags=re.DOTALL), self.seen
+        self.seen = ESCAPES.sub("", self.seen)[found.end() :]
+        return found
+
+    def type(self, text: str) -> None:
+        os.write(self.descriptor, text.encode())
+
+
+def take_terminal() -> None:
+    """Makes standard input the controlling terminal, so that Ctrl-C typed there is a signal."""
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def test_a_conversation_in_a_terminal(tiny_gguf: Path) -> None:
+    terminal = Terminal("chat", str(tiny_gguf.parent), "--max-tokens", "12", "--threads", "1")
+    try:
+        terminal.until(re.escape(tiny_gguf.name) + r".*/new starts over.*> ")
+        terminal.type("What is rain?\r")
+        first = terminal.until(
+            r"\[(\d+) tokens read, [\d.]+ s to the first; (\d+) written, [\d.]+ tok/s\].*> "
+        )
+        terminal.type("And snow?\r")
+        terminal.until(r"\[(\d+) tokens read.*?\].*> ")
+        terminal.type("/new\r")
+        terminal.until(r"A new conversation\..*> ")
+        terminal.type("What is rain?\r")
+        assert terminal.until(r"\[(\d+) tokens read.*?\].*> ")[1] == first[1]
+        terminal.type("\x04")
+        assert terminal.process.wait(20) == 0
+    finally:
+        terminal.process.kill()
+        os.close(terminal.descriptor)
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_conversation(tiny_gguf: Path) -> None:
+    terminal = Terminal(
+        "chat", str(tiny_gguf), "--max-tokens", "100000", "--threads", "1", "--temperature", "2"
+    )
+    try:
+        terminal.until(r"> ")
+        terminal.type("Talk for ever.\r")
+        terminal.until(r"Talk for ever\.\r\n.{20}")
+        terminal.type("\x03")
+        terminal.until(r"tok/s\].*> ")
+        terminal.type("/quit\r")
+        assert terminal.process.wait(20) == 0
+    finally:
+        terminal.process.kill()
+        os.close(terminal.descriptor)
