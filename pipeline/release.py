@@ -4,6 +4,7 @@ Identical artifacts give identical bytes. Timings and whether a stage came from 
 reports alone, so of the manifest only their two entries can differ.
 """
 
+import contextlib
 import errno
 import json
 import shutil
@@ -12,14 +13,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from export.errors import ExportError
+from export.mlc import conversation_template
+from export.ollama import LONGEST_CONTEXT, modelfile
 from pipeline import cards, report
 from pipeline.artifacts import Artifact, Store, sha256_of_file, sha256_of_json, write_json
 from pipeline.errors import UserError
+from pipeline.models import load_tokenizer
 from pipeline.recipe import Recipe
 
 SCHEMA = "martlet-manifest-1"
 MANIFEST = "manifest.json"
 CARD = "README.md"
+MODELFILE = "Modelfile"
+VERSION = 2
+"""Raised when the same artifacts give another release."""
 
 
 def run(
@@ -50,7 +58,7 @@ def run(
     """
     root = Path(release_root).resolve()
     content = sha256_of_json({role: artifact.digest for role, artifact in artifacts.items()})
-    identity = sha256_of_json([content, recipe.model_dump(mode="json", by_alias=True), SCHEMA, report.SCHEMA])
+    identity = sha256_of_json([content, recipe.model_dump(mode="json", by_alias=True), SCHEMA, VERSION])
     problems: list[str] = []
     try:
         if root.exists() and (not root.is_dir() or any(root.iterdir())):
@@ -74,6 +82,10 @@ def run(
             facts["folders"] = _folders(folder, made_from)
             for name, text in cards.model_cards(recipe, facts).items():
                 (folder / name / CARD).write_text(text, encoding="utf-8")
+            if "gguf" in artifacts:
+                gguf = f"{recipe.name.lower()}-instruct-{recipe.export.gguf[-1]}.gguf"
+                text = _modelfile(artifacts["instruct"].path / "model", gguf)
+                (folder / f"{recipe.name}-Instruct-GGUF" / MODELFILE).write_text(text, encoding="utf-8")
             write_json(folder / "report.json", facts)
             (folder / "report.html").write_text(report.render(facts), encoding="utf-8")
             write_json(folder / MANIFEST, _manifest(folder, identity, recipe, artifacts, made_from))
@@ -175,6 +187,19 @@ def _folders(folder: Path, made_from: Mapping[str, Artifact]) -> list[dict[str, 
     return entries
 
 
+def _modelfile(model_dir: Path, gguf: str) -> str:
+    """What Ollama needs beside a GGUF file; without a template where the model's cannot be said in Go's terms
+    or the tokenizer cannot be read."""
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    generation = json.loads((model_dir / "generation_config.json").read_text(encoding="utf-8"))
+    ends = generation.get("eos_token_id")
+    conversation = None
+    with contextlib.suppress(ExportError, UserError):
+        tokenizer = load_tokenizer(model_dir)
+        conversation = conversation_template(tokenizer, ends if isinstance(ends, list) else [ends])
+    return modelfile(gguf, conversation, int(config.get("max_position_embeddings", LONGEST_CONTEXT)))
+
+
 def _swap_in(folder: Path, root: Path, previous: Path) -> None:
     """Gives a finished folder its name; what had the name becomes ``previous``, or stays if that fails."""
     if not root.exists():
@@ -210,7 +235,7 @@ def _manifest(
         source = made_from.get(name.split("/", 1)[0])
         origin = (
             {"stage": "release"}
-            if source is None or name.endswith(f"/{CARD}")
+            if source is None or name.endswith((f"/{CARD}", f"/{MODELFILE}"))
             else {"stage": source.stage, "key": source.key, "digest": source.digest}
         )
         files[name] = {"sha256": sha256_of_file(path), "bytes": path.stat().st_size, "made_from": origin}

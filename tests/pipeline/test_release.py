@@ -285,13 +285,42 @@ def test_cards_have_the_metadata_of_the_hub(released: Path) -> None:
             assert needed in card.text
         assert "PSF-2.0" in card.text
         assert "shing2025taid" in card.text
-        assert "arXiv 2502.02737" in card.text
+        assert "arXiv:2502.02737" in card.text
         assert f"# {name}\n" in card.text
-    base = cards["Martlet-99M"].data.eval_results
-    assert {result.metric_type: result.metric_value for result in base} == {
-        "cross_entropy": 4.15,
-        "kl_divergence": 0.80,
+    results = {
+        name: {
+            (result.metric_type, result.metric_name.partition(":")[0]): result.metric_value
+            for result in found
+        }
+        for name, card in cards.items()
+        if (found := card.data.eval_results)
     }
+    assert list(results["Martlet-99M"].values()) == [4.15, 0.80]
+    assert list(results["Martlet-99M-Instruct"].values()) == [1.88, 0.93]
+    assert results["Martlet-99M-Instruct-GGUF"]["kl_divergence", "q4_k_m"] == 0.048
+    assert len(results["Martlet-99M-Instruct-GGUF"]) == 12
+    assert results["Martlet-99M-Instruct-q4f32_1-MLC"]["kl_divergence", "q4f32_1"] == 0.312
+    assert results["Martlet-99M-Instruct-ONNX"]["perplexity_ratio", "int4"] == 1.049
+
+
+def test_cards_survive_the_hub_library(released: Path) -> None:
+    """Read, written and read again by huggingface_hub: nothing is lost, and results are a model-index."""
+    for path in released.glob("*/README.md"):
+        card = ModelCard.load(path)
+        again = ModelCard(str(card))
+        assert again.data.to_dict() == card.data.to_dict()
+        (entry,) = card.data.to_dict()["model-index"]
+        assert entry["name"] == path.parent.name
+        assert all(metric["type"] and metric["name"] for r in entry["results"] for metric in r["metrics"])
+
+
+def test_ollama_finds_its_file(released: Path) -> None:
+    folder = released / "Martlet-99M-Instruct-GGUF"
+    first = (folder / "Modelfile").read_text(encoding="utf-8").splitlines()[0]
+    assert (folder / first.removeprefix("FROM ")).is_file()
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "ollama create martlet-99m-instruct-gguf -f Martlet-99M-Instruct-GGUF/Modelfile" in card
+    assert manifest_of(released)["files"][f"{folder.name}/Modelfile"]["made_from"] == {"stage": "release"}
 
 
 def test_a_card_of_local_models_leaks_no_path_and_claims_no_hub_name(tmp_path: Path) -> None:
