@@ -92,6 +92,39 @@ def check(recipe: RecipePath = DEFAULT_RECIPE, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def compare(
+    recipe: RecipePath = DEFAULT_RECIPE,
+    objectives: Annotated[str, typer.Option(help="Objectives, separated by commas, or all.")] = "all",
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "0",
+    tokens: Annotated[
+        int | None, typer.Option(help="Training tokens of a run; the recipe's if left out.")
+    ] = None,
+    schedule: Annotated[
+        list[str] | None,
+        typer.Option(help="TAID with other settings, such as t_start=0.2,alpha=8/N; may be given again."),
+    ] = None,
+    store: Annotated[Path, typer.Option(help="Folder of finished stages.")] = Path("store"),
+    output: Annotated[Path, typer.Option(help="Folder of the page and its JSON.")] = Path("comparison"),
+    as_json: AsJson = False,
+) -> None:
+    """Compare objectives on one student. Example: martlet compare --objectives taid,forward_kl --seeds 0,1"""
+    plan = check_recipe_file(recipe)
+    from pipeline import compare as study
+    from pipeline.artifacts import Store
+
+    names = study.OBJECTIVES if objectives == "all" else [name for name in objectives.split(",") if name]
+    entries = study.contenders(plan, [name.strip() for name in names], schedule or [], tokens)
+    numbers = whole_numbers("--seeds", seeds)
+    facts = study.run(Store(store, report=progress_line), plan, entries, numbers, tokens)
+    files = study.write(facts, output)
+    if as_json:
+        print(json.dumps({"files": [str(path) for path in files], "contenders": standings(facts)}))
+    else:
+        show_comparison(facts)
+        Console().print(f"Page: {files[1]}", soft_wrap=True)
+
+
+@app.command()
 def export(
     model: Annotated[Path, typer.Argument(help="Hugging Face folder with safetensors.")],
     output: Annotated[Path, typer.Option(help="New folder that receives the files.")],
@@ -306,6 +339,51 @@ def show_notes(error: BaseException) -> None:
         for note in getattr(cause, "__notes__", []):
             print(note, file=sys.stderr)
         cause = cause.__cause__
+
+
+def whole_numbers(option: str, text: str) -> list[int]:
+    """Numbers separated by commas.
+
+    Raises:
+        UserError: one of them is no whole number from 0 on, or is there twice.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts) or len(set(parts)) != len(parts):
+        raise UserError(f"{option}: {text!r} is no list of different whole numbers such as 0,1,2.")
+    return [int(part) for part in parts]
+
+
+def standings(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """The lines of a comparison without their curves, nearest to the teacher first."""
+    keys = ("label", "objective", "settings", "mean", "spread", "kl_difference")
+    ranked = sorted(facts["contenders"], key=lambda entry: entry["mean"]["kl"])
+    return [{key: entry[key] for key in keys} for entry in ranked]
+
+
+def show_comparison(facts: dict[str, Any]) -> None:
+    """The table of a comparison, nearest to the teacher first."""
+    from pipeline.compare import MEASURES
+
+    table = Table(
+        title=f"{facts['tokens']:,} training tokens, seeds {', '.join(map(str, facts['seeds']))}",
+        title_justify="left",
+    )
+    table.add_column("objective")
+    for heading in MEASURES.values():
+        table.add_column(heading, justify="right")
+
+    def cell(key: str, line: dict[str, Any], spreads: dict[str, Any]) -> str:
+        if line.get(key) is None:
+            return ""
+        scale = 1e-6 if key == "peak_memory_bytes" else 1
+        text = f"{line[key] * scale:.4g}" + (" MB" if key == "peak_memory_bytes" else "")
+        return text + (f" ± {spreads[key] * scale:.2g}" if spreads.get(key) is not None else "")
+
+    rows = [(entry["label"], entry["mean"], entry["spread"]) for entry in standings(facts)]
+    rows += [("student before", facts["before"], {}), ("teacher", facts["teacher"], {})]
+    for label, line, spreads in rows:
+        table.add_row(label, *(cell(key, line, spreads) for key in MEASURES))
+    Console().print(table)
 
 
 def run(command: Callable[[], Any]) -> int:

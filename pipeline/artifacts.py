@@ -76,10 +76,14 @@ def sha256_of_json(value: Any) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON so that the file appears only when it is complete."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text so that the file appears only when it is complete."""
     temporary = path.with_name(path.name + ".partial")
     with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

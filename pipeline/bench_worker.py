@@ -3,7 +3,6 @@
 Usage: python -m pipeline.bench_worker REQUEST.json RESULT.json
 """
 
-import contextlib
 import json
 import statistics
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 from export.errors import ExportError
 from export.runtime import runtime_class
 from pipeline.artifacts import write_json
+from pipeline.memory import forget_peak, memory
 
 
 def measure(
@@ -92,24 +92,6 @@ def measure(
     }
     runtime.close()
     return result
-
-
-def memory() -> dict[str, int]:
-    """Bytes of this process by kind, from ``/proc/self/status``: anonymous (RssAnon), backed by files
-    (RssFile), and the peak of all resident memory (VmHWM)."""
-    values = {}
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        name, _, rest = line.partition(":")
-        if name in ("RssAnon", "RssFile", "VmHWM"):
-            values[name] = int(rest.split()[0]) * 1024
-    return values
-
-
-def forget_peak() -> None:
-    """Sets the peak (VmHWM) to what is resident now: importing libraries is not the file's doing."""
-    # A container may forbid it; the peak then counts the imports too, which only overstates it.
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def cpu_stall_seconds() -> float | None:

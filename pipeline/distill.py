@@ -1,5 +1,6 @@
 """Distillation: the student learns the teacher's next-token distributions on plain text."""
 
+import json
 import time
 from pathlib import Path
 
@@ -10,7 +11,14 @@ from pipeline.artifacts import Artifact, Store, write_json
 from pipeline.hidden_states import SPLITS
 from pipeline.models import load_model, load_tokenizer, position_ids, save_model
 from pipeline.recipe import Recipe
-from pipeline.training import ProgressLines, curve_of, train, training_values
+from pipeline.training import (
+    ProgressLines,
+    curve_of,
+    peak_memory,
+    start_counting_memory,
+    train,
+    training_values,
+)
 from taid import (
     AdaptiveInterpolation,
     CachedTeacher,
@@ -22,7 +30,7 @@ from taid import (
 )
 
 STAGE = "distill"
-VERSION = 1
+VERSION = 2
 IRRELEVANT = ("objective", "control")
 """Keys of the section that do not change this result: the objective is an argument of its own."""
 
@@ -54,6 +62,9 @@ def run(
         UserError: training diverges.
     """
     section = recipe.distill
+    inputs = {"teacher": teacher, "student": student, "text": text}
+    if hidden_states is not None:
+        inputs["hidden_states"] = hidden_states
 
     def make(output: Path, work: Path) -> None:
         model, tokenizer = load_model(student.path / "model"), load_tokenizer(student.path / "model")
@@ -82,14 +93,24 @@ def run(
                 "tokens": measured["tokens"],
             }
 
-        store.report(f"distill ({objective}): evaluating the initial student")
-        before = evaluate()
+        def evaluate_initial(output: Path, work: Path) -> None:
+            store.report("distill: evaluating the initial student")
+            write_json(output / "evaluation.json", evaluate())
+
+        # Every objective starts from the same student, so what that is worth is measured once.
+        initial = store.get_or_make(f"{STAGE}_initial", VERSION, {}, inputs, evaluate_initial)
+        before = json.loads((initial.path / "evaluation.json").read_text(encoding="utf-8"))
         length = blocks["train"].shape[1]
         evaluation_blocks = max(1, min(len(blocks["held_out"]), section.evaluate_tokens // length))
         interpolation = None
         if objective == "taid":
             interpolation = AdaptiveInterpolation(
-                section.t_start, section.t_end, section.alpha, section.beta, section.adaptive
+                section.t_start,
+                section.t_end,
+                section.alpha,
+                section.beta,
+                section.adaptive,
+                section.signal,
             )
         trainer = DistillationTrainer(
             model=model,
@@ -110,9 +131,11 @@ def run(
             processing_class=tokenizer,
             callbacks=[ProgressLines(f"distill ({objective})", store.report)],
         )
+        start_counting_memory()
         started = time.monotonic()
         train(trainer, work, "distill")
         seconds_here = time.monotonic() - started
+        peak_memory_bytes = peak_memory()
         store.report(f"distill ({objective}): evaluating the trained student")
         after = evaluate()
         model.requires_grad_(True)
@@ -132,6 +155,7 @@ def run(
                 "steps": trainer.state.global_step,
                 "seconds": seconds_here,
                 "tokens_per_second": float(np.median(rates)) if rates else 0.0,
+                "peak_memory_bytes": peak_memory_bytes,
                 "held_out_tokens": before["tokens"],
                 "teacher_cross_entropy": before["teacher_cross_entropy"],
                 "before": {key: before[key] for key in ("cross_entropy", "kl", "reverse_kl", "same_top")},
@@ -142,9 +166,6 @@ def run(
     parameters = {
         key: value for key, value in recipe.slice("distill")["distill"].items() if key not in IRRELEVANT
     }
-    inputs = {"teacher": teacher, "student": student, "text": text}
-    if hidden_states is not None:
-        inputs["hidden_states"] = hidden_states
     return store.get_or_make(
         STAGE, VERSION, {"objective": objective, **parameters}, inputs, make, recipe.seed
     )

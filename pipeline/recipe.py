@@ -122,12 +122,19 @@ class Distill(Training):
         "total_variation",
         "skew_forward_kl",
         "skew_reverse_kl",
+        "adaptive_kl",
+        "decoupled_kd",
+        "curriculum_temperature",
     ] = "taid"
     t_start: float = Field(0.4, ge=0, le=1)
     t_end: float = Field(1.0, ge=0, le=1)
     alpha: float = Field(5e-4, ge=0)
     beta: float = Field(0.99, ge=0, lt=1)
     adaptive: bool = True
+    signal: Literal["loss", "divergence"] = Field(
+        "loss",
+        description="What moves t: the loss, or KL(p_t || student), which is the loss less p_t's entropy.",
+    )
     control: bool = Field(False, description="Also train a cross-entropy-only control on the same tokens.")
     evaluate_every: int = Field(
         25, ge=1, description="Optimizer steps between held-out evaluations of the curve."
@@ -140,6 +147,8 @@ class Distill(Training):
             raise ValueError(
                 f"t_start {self.t_start} is above t_end {self.t_end}; t rises from t_start to t_end"
             )
+        if self.signal == "divergence" and self.t_start == 0:
+            raise ValueError("signal divergence needs a t_start above 0, where the divergence is not zero")
         return self
 
 

@@ -117,6 +117,22 @@ def packages(artifacts: Mapping[str, Artifact]) -> dict[str, str]:
 
 def render(facts: dict[str, Any]) -> str:
     """The page of a report, one HTML file without script and without any request."""
+    return (
+        page_environment()
+        .get_template("report.html.jinja")
+        .render(
+            facts=facts,
+            failures=[sentence for entry in facts["fidelity"] for sentence in entry["failures"]],
+            notes=notes(facts),
+            charts=charts(facts),
+            titles=TITLES,
+            recipe_yaml=yaml.safe_dump(facts["recipe"], sort_keys=False, allow_unicode=True),
+        )
+    )
+
+
+def page_environment() -> jinja2.Environment:
+    """Templates of the project's pages, with the filters ``size``, ``number`` and ``percent``."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pipeline", "templates"),
         autoescape=True,
@@ -125,14 +141,7 @@ def render(facts: dict[str, Any]) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"size": readable_size, "number": readable_number, "percent": readable_percent}
-    return environment.get_template("report.html.jinja").render(
-        facts=facts,
-        failures=[sentence for entry in facts["fidelity"] for sentence in entry["failures"]],
-        notes=notes(facts),
-        charts=charts(facts),
-        titles=TITLES,
-        recipe_yaml=yaml.safe_dump(facts["recipe"], sort_keys=False, allow_unicode=True),
-    )
+    return environment
 
 
 def notes(facts: dict[str, Any]) -> list[str]:
@@ -210,7 +219,7 @@ def charts(facts: dict[str, Any]) -> dict[str, Markup]:
     ]
     pictures["fidelity"] = _files(files, "mean_kl", "mean KL to the model, nats", "log")
     pictures["speed"] = _files(files, "speed", "decode, tokens/s", "linear")
-    return {name: _svg(chart, TITLES[name]) for name, chart in pictures.items() if chart is not None}
+    return {name: svg(chart, TITLES[name]) for name, chart in pictures.items() if chart is not None}
 
 
 def _curves(points: list[dict[str, Any]], runs: list[str], field: str, title: str) -> altair.Chart | None:
@@ -293,7 +302,7 @@ def _files(
     return pictures.properties(width=390, height=290)
 
 
-def _svg(chart: altair.Chart | altair.LayerChart, title: str) -> Markup:
+def svg(chart: altair.Chart | altair.LayerChart | altair.FacetChart, title: str) -> Markup:
     """The SVG of a chart. Text and axes take the colour of the page, so that they suit light and dark."""
     ink = "currentColor"
     styled = chart.properties(background="transparent").configure(
@@ -315,8 +324,8 @@ def _svg(chart: altair.Chart | altair.LayerChart, title: str) -> Markup:
         ),
         legend=altair.LegendConfig(labelColor=ink, labelFontSize=12, columnPadding=16),
     )
-    svg = vl_convert.vegalite_to_svg(styled.to_dict())
+    picture = vl_convert.vegalite_to_svg(styled.to_dict())
     label = html.escape(title, quote=True)
     # As one picture with a name; the hundreds of marks inside would only be noise to a screen reader.
-    opening, rest = svg.split(">", 1)
+    opening, rest = picture.split(">", 1)
     return Markup(f'{opening} role="img" aria-label="{label}"><title>{label}</title>{rest}')

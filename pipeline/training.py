@@ -9,6 +9,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 
 from pipeline.errors import UserError
+from pipeline.memory import forget_peak, memory
 from pipeline.models import throttled
 from pipeline.progress import Progress
 from pipeline.recipe import Training
@@ -103,11 +104,30 @@ def train(trainer: Any, work: Path, section: str) -> float:
     return time.monotonic() - started
 
 
+def start_counting_memory() -> None:
+    """``peak_memory`` counts from here."""
+    forget_peak()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory() -> int | None:
+    """Most bytes held since ``start_counting_memory``: on the accelerator where there is one, else resident
+    in this process. None where the system keeps no such count."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        return memory()["VmHWM"]
+    except (OSError, KeyError):
+        return None
+
+
 def curve_of(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Learning curve, one point a step: the Trainer's log with evaluation merged into its step."""
     names = {
         "loss": "loss",
         "t": "t",
+        "temperature": "temperature",
         "learning_rate": "learning_rate",
         "tokens_per_second": "tokens_per_second",
         "grad_norm": "grad_norm",

@@ -82,18 +82,29 @@ def fused_taid(
     teacher_head_weight: Tensor,
     t: float,
     *,
+    target_entropy: Tensor | None = None,
     mask: Tensor | None = None,
     student_head: HeadOptions = HeadOptions(),
     teacher_head: HeadOptions = HeadOptions(),
     chunk_size: int = CHUNK_SIZE,
 ) -> Tensor:
-    """``objectives.taid`` in chunks; see the module for the arguments."""
+    """``objectives.taid`` in chunks; see the module for the arguments.
+
+    Args:
+        target_entropy: a scalar that the sum of p_t's entropy over the positions is added to; the loss less
+            the mean entropy is KL(p_t‖q). None: it is not computed, which saves a pass over the logits.
+    """
     objectives.check_share("t", t)
 
     def chunk_taid(student: Tensor, teacher: Tensor | None, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         assert teacher is not None
         target = torch.lerp(student, teacher, t, out=teacher)
-        return _cross_entropy_with(torch.softmax(target, -1, out=target), student)
+        if target_entropy is None:
+            return _cross_entropy_with(torch.softmax(target, -1, out=target), student)
+        log_target = torch.log_softmax(target, -1, out=target)
+        target = log_target.exp()
+        target_entropy.sub_(_dot(target, log_target).sum())
+        return _cross_entropy_with(target, student)
 
     return fused_objective(
         chunk_taid,
@@ -328,6 +339,54 @@ def fused_decoupled_kd(
         labels=labels,
         **options,
     )
+
+
+def fused_curriculum_temperature(
+    student_hidden: Tensor,
+    student_head_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head_weight: Tensor,
+    temperature: Tensor,
+    reversal: float = 1.0,
+    **options: Any,
+) -> Tensor:
+    """``objectives.curriculum_temperature`` in chunks; see the module for the other arguments.
+
+    Args:
+        temperature: positive scalar tensor; its gradient is the reversed one.
+        reversal: strength of the reversed gradient.
+    """
+    value = float(temperature.detach())
+    slopes = []
+
+    def chunk_curriculum_temperature(
+        student: Tensor, teacher: Tensor | None, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        assert teacher is not None
+        log_q = student.div_(value).log_softmax(-1)
+        log_p = teacher.div_(value).log_softmax(-1)
+        p, q = log_p.exp(), log_q.exp()
+        difference = log_p - log_q
+        kl = _dot(p, difference)
+        # The derivative of a log-probability by the temperature is minus its distance from its mean, over it.
+        covariance = _dot(p, log_p * difference) - _dot(p, log_p) * kl
+        shift = _dot(p, log_q) - _dot(q, log_q)
+        slopes.append((value * (2 * kl - covariance + shift)).sum())
+        return value**2 * kl.sum(), q.sub_(p).mul_(value)
+
+    loss = fused_objective(
+        chunk_curriculum_temperature,
+        student_hidden,
+        student_head_weight,
+        teacher_hidden,
+        teacher_head_weight,
+        **options,
+    )
+    mask = options.get("mask")
+    count = int((mask != 0).sum()) if mask is not None else student_hidden.shape[:-1].numel()
+    slope = sum(slopes, start=loss.new_zeros(())) / max(count, 1)
+    # Adds nothing to the value, and the reversed slope to the gradient.
+    return loss - (temperature - temperature.detach()) * reversal * slope
 
 
 def fused_cross_entropy(

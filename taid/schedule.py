@@ -6,14 +6,17 @@ from typing import Any
 
 from taid.errors import TaidError
 
-SETTINGS = ("t_start", "t_end", "alpha", "beta", "adaptive")
+SETTINGS = ("t_start", "t_end", "alpha", "beta", "adaptive", "signal")
+SIGNALS = ("loss", "divergence")
+"""What may move t: the cross-entropy against p_t (the published code's loss), or KL(p_t‖q), which is that
+less the entropy of p_t (the paper's objective)."""
 
 
 @dataclass
 class AdaptiveInterpolation:
     """The interpolation parameter t, moved once per optimizer step.
 
-    With loss_n the mean loss of step n::
+    With loss_n the mean of step n of the loss, or of the divergence where ``signal`` says so::
 
         delta = (loss_{n-1} - loss_n) / (loss_{n-1} + 1e-15)
         momentum = beta * momentum + (1 - beta) * delta
@@ -29,6 +32,8 @@ class AdaptiveInterpolation:
         alpha: step size of the adaptive part, not negative.
         beta: decay of the momentum, at least 0 and below 1.
         adaptive: False moves t on the linear floor alone.
+        signal: one of ``SIGNALS``: whose relative change moves t. The entropy of p_t makes up most of the
+            loss, so the divergence changes by more of itself.
         t: the present value.
 
     Raises:
@@ -40,6 +45,7 @@ class AdaptiveInterpolation:
     alpha: float = 5e-4
     beta: float = 0.99
     adaptive: bool = True
+    signal: str = "loss"
     t: float = field(init=False)
     momentum: float = field(init=False, default=0.0)
     previous_loss: float | None = field(init=False, default=None)
@@ -57,10 +63,17 @@ class AdaptiveInterpolation:
             raise TaidError(f"alpha is {self.alpha}; it must be a number that is not negative.")
         if not 0 <= self.beta < 1:
             raise TaidError(f"beta is {self.beta}; it must be at least 0 and below 1.")
+        if self.signal not in SIGNALS:
+            raise TaidError(f"signal is {self.signal!r}; choose {' or '.join(SIGNALS)}.")
+        if self.signal == "divergence" and self.t_start == 0:
+            raise TaidError(
+                "t_start is 0, where the target is the student itself and the divergence zero, so it has no "
+                "relative change; start above 0 or choose the signal loss."
+            )
         self.t = self.t_start
 
     def update(self, loss: float, step: int, total_steps: int) -> float:
-        """Takes the mean loss of an optimizer step in and moves t.
+        """Takes the mean loss (or divergence) of an optimizer step in and moves t.
 
         Args:
             loss: mean over the tokens of all micro-batches and ranks, in nats.

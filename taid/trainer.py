@@ -30,6 +30,7 @@ from transformers.trainer_callback import ExportableState, TrainerControl, Train
 from taid import fused
 from taid.errors import TaidError
 from taid.heads import final_hidden_states, head_options, head_weight, trim
+from taid.objectives import curriculum_reversal
 from taid.schedule import AdaptiveInterpolation
 from taid.teacher import Teacher
 
@@ -44,6 +45,7 @@ OBJECTIVES: dict[str, Callable[..., Tensor]] = {
     "skew_reverse_kl": fused.fused_skew_reverse_kl,
     "adaptive_kl": fused.fused_adaptive_kl,
     "decoupled_kd": fused.fused_decoupled_kd,
+    "curriculum_temperature": fused.fused_curriculum_temperature,
 }
 """Objective names and their fused functions."""
 
@@ -147,10 +149,12 @@ class InterpolationCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """The interpolation as JSON values."""
         interpolation = self.trainer.interpolation if self.trainer else None
+        temperature = self.trainer.temperature_parameter if self.trainer else None
         return {
             "args": {},
             "attributes": {},
             "interpolation": None if interpolation is None else interpolation.state_dict(),
+            "temperature": None if temperature is None else temperature.item(),
             "learned_tokens": self.trainer.learned_tokens if self.trainer else 0,
         }
 
@@ -166,6 +170,14 @@ class InterpolationCallback(TrainerCallback, ExportableState):
         if state.global_step == 0:
             return
         self.trainer.learned_tokens = int((stored or {}).get("learned_tokens", 0))
+        temperature = (stored or {}).get("temperature")
+        if self.trainer.temperature_parameter is not None:
+            if temperature is None:
+                raise TaidError(
+                    f"The checkpoint of step {state.global_step} holds no temperature; "
+                    "it was not made by this objective, so start anew."
+                )
+            self.trainer.temperature_parameter.data.fill_(temperature)
         if self.trainer.interpolation is None:
             return
         if not stored or not stored.get("interpolation"):
@@ -174,6 +186,15 @@ class InterpolationCallback(TrainerCallback, ExportableState):
                 "it was not made by this objective, so start anew."
             )
         self.trainer.interpolation.load_state_dict(stored["interpolation"])
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Averages the temperature's gradient over the ranks: it is no part of the model that DDP wraps."""
+        assert self.trainer is not None
+        parameter = self.trainer.temperature_parameter
+        if parameter is not None and parameter.grad is not None:
+            parameter.grad = self.trainer.accelerator.reduce(parameter.grad, reduction="mean")
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -188,6 +209,10 @@ class DistillationTrainer(Trainer):
 
     The loss is the mean over the learned tokens of all micro-batches and ranks of an optimizer step, so
     accumulating k micro-batches is the same as one batch k times as large, for the weights and for t.
+
+    ``curriculum_temperature`` has one parameter more, whose sigmoid gives a temperature between 1 and 21. It
+    shares the optimizer and its learning rate, starts at the CTKD code's 1 (a temperature of 15.6), and the
+    strength of its reversed gradient rises over the run.
 
     Its logs carry, besides the Trainer's loss and learning rate, ``t`` (the one the step was taken with),
     ``tokens_per_second`` (all tokens of the blocks, on all ranks, since the last log; evaluation and
@@ -262,8 +287,15 @@ class DistillationTrainer(Trainer):
                 f"vocabulary_size {self.vocabulary_size} is more than the {rows} rows that both heads have."
             )
         self._student: Any = model
+        self.temperature_parameter = (
+            nn.Parameter(torch.ones((), device=args.device))
+            if objective == "curriculum_temperature"
+            else None
+        )
         self._step_loss = 0.0
+        self._step_entropy = 0.0
         self._t_of_step: float | None = None
+        self._temperature_of_step: float | None = None
         self.learned_tokens = 0
         self._block_tokens = 0
         self._seconds = 0.0
@@ -295,9 +327,23 @@ class DistillationTrainer(Trainer):
         learned, seen = self.accelerator.reduce(counts, reduction="sum").tolist()
         self.learned_tokens += learned
         self._block_tokens += seen
-        self._step_loss = 0.0
+        self._step_loss = self._step_entropy = 0.0
+        temperature = self.temperature()
+        self._temperature_of_step = None if temperature is None else float(temperature.detach())
         self._t_of_step = None if self.interpolation is None else self.interpolation.t
         return batches, learned
+
+    def create_optimizer(self, *arguments: Any, **keywords: Any) -> torch.optim.Optimizer:
+        """The Trainer's optimizer; ``curriculum_temperature`` adds its temperature as one more parameter."""
+        made = self.optimizer is not None
+        optimizer = super().create_optimizer(*arguments, **keywords)
+        if self.temperature_parameter is not None and not made:
+            optimizer.add_param_group({"params": [self.temperature_parameter], "weight_decay": 0.0})
+        return optimizer
+
+    def temperature(self) -> Tensor | None:
+        """The temperature of ``curriculum_temperature``, differentiable; None for other objectives."""
+        return None if self.temperature_parameter is None else 1 + 20 * self.temperature_parameter.sigmoid()
 
     def compute_loss(
         self,
@@ -318,8 +364,15 @@ class DistillationTrainer(Trainer):
         student_hidden = self._student_hidden_states(model, inputs)[:, :-1]
         weight, options = trim(head_weight(self._student), head_options(self._student), self.vocabulary_size)
         arguments: dict[str, Any] = {**self.objective_arguments}
+        entropy: Tensor | None = None
         if self.interpolation is not None:
             arguments["t"] = self.interpolation.t
+            if self.interpolation.signal == "divergence":
+                precise = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
+                entropy = arguments["target_entropy"] = student_hidden.new_zeros((), dtype=precise)
+        if self.temperature_parameter is not None:
+            arguments["temperature"] = self.temperature()
+            arguments["reversal"] = curriculum_reversal(self.state.global_step, self.state.max_steps)
         if self.objective in ("cross_entropy", "decoupled_kd"):
             arguments["labels"] = labels
         if self.objective != "cross_entropy":
@@ -346,12 +399,16 @@ class DistillationTrainer(Trainer):
             # DDP and FSDP average gradients over ranks, so each rank's share is scaled up by their number.
             share = self.accelerator.num_processes / max(int(num_items_in_batch), 1)
             loss = loss * (mask.sum() * share)
+        else:
+            share = 1.0 / max(int(mask.sum()), 1)
         if self.is_in_train and model.training:
             self._step_loss += float(loss.detach())
+            self._step_entropy += 0.0 if entropy is None else float(entropy) * share
         return (loss, {}) if return_outputs else loss
 
     def finish_step(self, step: int, total_steps: int) -> None:
-        """Called once after each optimizer step: moves t with the step's mean loss over all ranks.
+        """Called once after each optimizer step: moves t with the step's mean loss over all ranks, or with
+        that less the mean entropy of the target where the interpolation's signal is the divergence.
 
         Raises:
             TaidError: that loss is no finite number.
@@ -359,19 +416,25 @@ class DistillationTrainer(Trainer):
         if self._step_began is not None:
             self._seconds += time.perf_counter() - self._step_began
             self._step_began = None
-        loss = torch.tensor(self._step_loss, dtype=torch.float64, device=self.args.device)
-        mean = float(self.accelerator.reduce(loss, reduction="mean"))
+        if self.temperature_parameter is not None:
+            # The Trainer empties the gradients of the model alone.
+            self.temperature_parameter.grad = None
+        signal = self._step_loss - self._step_entropy
+        sums = torch.tensor([self._step_loss, signal], dtype=torch.float64, device=self.args.device)
+        mean, signal = self.accelerator.reduce(sums, reduction="mean").tolist()
         if not math.isfinite(mean):
             # The Trainer would replace such a loss in its logs and go on with spoilt weights.
             raise TaidError(f"The loss of step {step} is {mean}; lower the learning rate or clip gradients.")
         if self.interpolation is not None and not self.accelerator.optimizer_step_was_skipped:
-            self.interpolation.update(mean, step, total_steps)
+            self.interpolation.update(max(signal, 0.0), step, total_steps)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds t, tokens and tokens per second to the logs of training steps."""
         if "loss" in logs and "learning_rate" in logs:
             if self._t_of_step is not None:
                 logs["t"] = self._t_of_step
+            if self._temperature_of_step is not None:
+                logs["temperature"] = self._temperature_of_step
             logs["tokens"] = self.learned_tokens
             if self._seconds > 0:
                 logs["tokens_per_second"] = self._block_tokens / self._seconds

@@ -13,8 +13,9 @@ import pytest
 from export.errors import ExportError
 from pipeline import bench
 from pipeline.artifacts import Artifact, Store, write_json
-from pipeline.bench_worker import cpu_stall_seconds, measure, memory
+from pipeline.bench_worker import cpu_stall_seconds, measure
 from pipeline.errors import UserError
+from pipeline.memory import memory
 from pipeline.recipe import Recipe
 
 PROMPT, GENERATED, REPETITIONS = 24, 8, 3

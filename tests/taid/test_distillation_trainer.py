@@ -174,6 +174,70 @@ def test_every_objective_lowers_its_loss(tmp_path, token_blocks, teacher, object
     assert not logged(trainer, "t")
 
 
+def test_the_temperature_learns_and_resumes(tmp_path, token_blocks, teacher):
+    """CTKD's parameter moves with the optimizer, and a resumed run ends at the same one."""
+    settings = {"save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2}
+
+    def make(folder: str, **changes) -> DistillationTrainer:
+        return DistillationTrainer(
+            small_model(0),
+            arguments(tmp_path / folder, **{**settings, **changes}),
+            TokenBlockDataset(token_blocks),
+            teacher,
+            "curriculum_temperature",
+        )
+
+    whole = make("whole")
+    whole.train()
+    temperatures = logged(whole, "temperature")
+    assert temperatures[0] == pytest.approx(1 + 20 / (1 + math.exp(-1)))
+    # The reversal is zero in the first step; from the second on the temperature ascends or descends.
+    assert len(set(temperatures[2:])) == len(temperatures[2:])
+    resumed = make("resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert torch.equal(resumed.temperature_parameter, whole.temperature_parameter)
+    for left, right in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(left, right)
+    once = make("once", gradient_accumulation_steps=1, per_device_train_batch_size=4)
+    once.train()
+    assert logged(once, "temperature") == pytest.approx(temperatures, rel=1e-5)
+    other = DistillationTrainer(
+        small_model(0), arguments(tmp_path / "taid"), TokenBlockDataset(token_blocks), teacher, "forward_kl"
+    )
+    assert other.temperature() is None
+
+
+def test_the_divergence_can_move_t(tmp_path, token_blocks, teacher):
+    """With that signal t follows KL(p_t‖q), computed anew here from the model of each step."""
+    seen = []
+    trainer = DistillationTrainer(
+        small_model(0),
+        arguments(tmp_path, gradient_accumulation_steps=2),
+        TokenBlockDataset(token_blocks),
+        teacher,
+        interpolation=AdaptiveInterpolation(t_start=0.2, alpha=0.8, beta=0.5, signal="divergence"),
+    )
+    compute_loss = trainer.compute_loss
+
+    def record(model, inputs, *rest, **keywords):
+        with torch.no_grad():
+            student = model(inputs["input_ids"]).logits[:, :-1].double()
+            mixed = torch.lerp(
+                student, teacher.model(inputs["input_ids"]).logits[:, :-1].double(), trainer.interpolation.t
+            ).log_softmax(-1)
+            seen.append(float((mixed.exp() * (mixed - student.log_softmax(-1))).sum(-1).mean()))
+        return compute_loss(model, inputs, *rest, **keywords)
+
+    trainer.compute_loss = record
+    trainer.train()
+    expected = AdaptiveInterpolation(t_start=0.2, alpha=0.8, beta=0.5)
+    trajectory = []
+    for step in range(6):
+        trajectory.append(expected.t)
+        expected.update((seen[2 * step] + seen[2 * step + 1]) / 2, step + 1, 6)
+    assert logged(trainer, "t") == pytest.approx(trajectory, rel=1e-5)
+
+
 def test_control_needs_no_teacher(tmp_path, token_blocks):
     student = small_model(0)
     trainer = DistillationTrainer(

@@ -103,6 +103,56 @@ def test_equal_to_the_reference(
         torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-10 * largest)
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    temperature=st.floats(0.5, 20),
+    reversal=st.floats(0, 1),
+    chunk_size=st.integers(1, 12),
+    masked=st.booleans(),
+)
+def test_curriculum_temperature_equals_the_reference(seed, temperature, reversal, chunk_size, masked):
+    parts = problem(seed, 9, 21, 4, 5)
+    mask = parts["mask"] if masked else torch.ones(9, dtype=torch.bool)
+    results = []
+    for is_fused in (True, False):
+        hidden, weight = (parts[name].clone().requires_grad_() for name in ("hidden", "weight"))
+        degree = torch.tensor(temperature, dtype=torch.float64, requires_grad=True)
+        if is_fused:
+            loss = fused.fused_curriculum_temperature(
+                hidden,
+                weight,
+                parts["teacher_hidden"],
+                parts["teacher_weight"],
+                degree,
+                reversal,
+                mask=mask if masked else None,
+                chunk_size=chunk_size,
+            )
+        else:
+            teacher = parts["teacher_hidden"] @ parts["teacher_weight"].T
+            loss = objectives.curriculum_temperature(hidden @ weight.T, teacher, mask, degree, reversal)
+        (2.5 * loss).backward()
+        results.append([loss.detach(), hidden.grad, weight.grad, degree.grad])
+    for ours, reference in zip(*results, strict=True):
+        largest = max(float(reference.abs().max()), 1e-3)
+        torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-10 * largest)
+
+
+def test_the_entropy_of_the_target_makes_the_loss_a_divergence():
+    parts = problem(5, 9, 21, 4, 5)
+    entropy = torch.zeros((), dtype=torch.float64)
+    arguments = [parts[name] for name in ("hidden", "weight", "teacher_hidden", "teacher_weight")]
+    plain = fused.fused_taid(*arguments, 0.3, mask=parts["mask"], chunk_size=4)
+    loss = fused.fused_taid(*arguments, 0.3, target_entropy=entropy, mask=parts["mask"], chunk_size=4)
+    student = (arguments[0] @ arguments[1].T)[parts["mask"]]
+    teacher = (arguments[2] @ arguments[3].T)[parts["mask"]]
+    target = (0.7 * student + 0.3 * teacher).log_softmax(-1)
+    divergence = (target.exp() * (target - student.log_softmax(-1))).sum(-1).mean()
+    torch.testing.assert_close(loss, plain, rtol=1e-12, atol=0)
+    torch.testing.assert_close(loss - entropy / parts["mask"].sum(), divergence, rtol=1e-10, atol=0)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_no_token_gives_zero(name):
     parts = problem(0, 5, 11, 3, 4)

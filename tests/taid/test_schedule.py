@@ -90,6 +90,8 @@ def test_state_goes_on_exactly_through_json(losses, cut):
         ({"alpha": math.inf}, "alpha is inf"),
         ({"beta": 1.0}, "beta is 1.0"),
         ({"t_start": math.nan}, "t_start is nan"),
+        ({"signal": "kl"}, "signal is 'kl'"),
+        ({"signal": "divergence", "t_start": 0.0}, "t_start is 0"),
     ],
 )
 def test_impossible_settings(settings, message):
