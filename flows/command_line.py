@@ -22,6 +22,7 @@ from export.errors import ExportError
 from pipeline.errors import EXIT_BAD_INPUT, EXIT_GATE_FAILED, EXIT_INTERRUPTED, GateFailed, UserError
 
 INTERRUPTED = "martlet: interrupted; the same command goes on where this one stopped."
+UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 DEFAULT_RECIPE = Path("recipes/smollm2-135m-to-99m.yaml")
 
 WELCOME = """martlet distils a big language model into a small one and ships it to devices.
@@ -89,6 +90,32 @@ def check(recipe: RecipePath = DEFAULT_RECIPE, as_json: AsJson = False) -> None:
         print(json.dumps({"recipe": str(recipe), "name": plan.name, "valid": True}))
     else:
         print(f"{recipe}: valid ({plan.name}).")
+
+
+@app.command()
+def plan(
+    recipe: RecipePath = DEFAULT_RECIPE,
+    devices: Annotated[int, typer.Option(min=1, help="Accelerators that share the work.")] = 1,
+    precision: Annotated[str | None, typer.Option(help="bf16 (float32 master weights) or fp32.")] = None,
+    device_memory: Annotated[float | None, typer.Option(help="GB of one device, to say what fits.")] = None,
+    tflops: Annotated[float | None, typer.Option(help="Sustained TFLOP/s of one device.")] = None,
+    tokens_per_second: Annotated[float | None, typer.Option(help="Training tokens/s of all devices.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a recipe will take; runs nothing. Example: martlet plan recipes/tinyswallow-1.5b.yaml"""
+    from pipeline import plan as planning
+    from pipeline.recipe import load_recipe
+
+    if precision not in (None, "bf16", "fp32"):
+        raise UserError(f"--precision: there is no {precision!r}; choose bf16 or fp32.")
+    for option, number in (("--tflops", tflops), ("--tokens-per-second", tokens_per_second)):
+        if number is not None and number <= 0:
+            raise UserError(f"{option}: {number} is no throughput; give a number above 0.")
+    facts = planning.run(load_recipe(recipe), devices, precision, tokens_per_second, tflops, device_memory)
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        show_plan(facts)
 
 
 @app.command()
@@ -358,6 +385,58 @@ def standings(facts: dict[str, Any]) -> list[dict[str, Any]]:
     keys = ("label", "objective", "settings", "mean", "spread", "kl_difference")
     ranked = sorted(facts["contenders"], key=lambda entry: entry["mean"]["kl"])
     return [{key: entry[key] for key in keys} for entry in ranked]
+
+
+def show_plan(facts: dict[str, Any]) -> None:
+    """A plan as a table of what, how much, and where the number comes from."""
+
+    def size(count: float) -> str:
+        unit = next((name for name in ("kB", "MB", "GB") if count < 1000 * UNITS[name]), "TB")
+        return f"{count / UNITS[unit]:.3g} {unit}"
+
+    def giga(flops: float) -> str:
+        return f"{flops / 1e9:.3g} GFLOP a token"
+
+    teacher, student, tokens = facts["teacher"], facts["student"], facts["tokens"]
+    memory, cache, disk = facts["memory"], facts["cache"], facts["disk"]
+    table = Table(title=facts["recipe"], title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    table.add_row("teacher", f"{teacher['model']}: {teacher['parameters']:,} parameters")
+    table.add_row("", f"{giga(teacher['forward_flops'] + teacher['head_flops'])}, forward")
+    table.add_row("student", f"{student['model']}: {student['parameters']:,} parameters")
+    table.add_row("", f"{giga(student['step_flops'])}, forward and backward")
+    trimmed = "" if teacher["vocabulary"] == student["vocabulary"] else f", of {teacher['vocabulary']:,}"
+    table.add_row("vocabulary", f"{facts['vocabulary']:,}{trimmed}")
+    table.add_row(
+        "tokens",
+        f"{tokens['trained']:,} ({tokens['epochs']:g} x {tokens['train']:,}) in {tokens['steps']:,} steps of "
+        f"{tokens['step']:,}; {tokens['held_out']:,} held out",
+    )
+    table.add_row("compute", f"{facts['flops']['total']:.3g} FLOP")
+    hours = "state --tflops or --tokens-per-second" if facts["hours"] is None else f"{facts['hours']:.3g}"
+    table.add_row("hours", hours)
+    table.add_row(
+        "memory per device",
+        f"{size(memory['bytes'])} at the peak of a step ({memory['devices']} x {memory['precision']}): "
+        + ", ".join(f"{kind} {size(count)}" for kind, count in memory["parts"].items() if count >= 1e6),
+    )
+    if "fits" in memory:
+        fits = "fits" if memory["fits"] else "does not fit"
+        table.add_row("", f"{fits} in {size(memory['device_bytes'])}")
+    if cache["kind"] == "none":
+        table.add_row(
+            "teacher cache",
+            f"none; hidden states would take {cache['hidden_bytes_per_token']:,} bytes a token, "
+            f"{size(cache['hidden_bytes_per_token'] * (tokens['train'] + tokens['held_out']))}",
+        )
+    else:
+        table.add_row(
+            "teacher cache", f"{cache['bytes_per_token']:,} bytes a token, {size(cache['bytes'])} in all"
+        )
+    kinds = ", ".join(f"{kind} {size(count)}" for kind, count in disk.items() if kind != "total" and count)
+    table.add_row("disk", f"{size(disk['total'])}: {kinds}")
+    Console().print(table)
 
 
 def show_comparison(facts: dict[str, Any]) -> None:
