@@ -257,7 +257,8 @@ def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
 def log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
     """log(share p + (1 - share) q); never log 0, however small both are."""
     if share in (0.0, 1.0):
-        return log_p if share else log_q
+        # What has no share stays in the graph: a loss that does not depend on the student has zero gradients.
+        return log_p + 0 * log_q if share else log_q + 0 * log_p
     return torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from taid import HeadOptions, TaidError, fused, objectives
@@ -86,6 +86,7 @@ def both(name, parts, extra, bias, scale, softcap, chunk_size):
     chunk_size=st.integers(1, 25),
     share=st.floats(0, 1),
 )
+@example("skew_forward_kl", 0, 3, 5, (2, 2), False, 1.0, None, 2, 1.0)
 def test_equal_to_the_reference(
     name, seed, count, vocabulary, widths, bias, scale, softcap, chunk_size, share
 ):
