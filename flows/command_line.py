@@ -102,7 +102,10 @@ def plan(
     tokens_per_second: Annotated[float | None, typer.Option(help="Training tokens/s of all devices.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a recipe will take; runs nothing. Example: martlet plan recipes/tinyswallow-1.5b.yaml"""
+    """Say what a recipe will take, before anything runs.
+
+    Example: martlet plan recipes/tinyswallow-1.5b.yaml --devices 8 --device-memory 80 --tflops 300
+    """
     from pipeline import plan as planning
     from pipeline.recipe import load_recipe
 
@@ -134,7 +137,10 @@ def compare(
     output: Annotated[Path, typer.Option(help="Folder of the page and its JSON.")] = Path("comparison"),
     as_json: AsJson = False,
 ) -> None:
-    """Compare objectives on one student. Example: martlet compare --objectives taid,forward_kl --seeds 0,1"""
+    """Compare objectives on one student.
+
+    Example: martlet compare recipes/smoke.yaml --objectives taid,forward_kl --seeds 0,1
+    """
     plan = check_recipe_file(recipe)
     from pipeline import compare as study
     from pipeline.artifacts import Store
