@@ -23,7 +23,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils.flop_counter import FlopCounterMode, addmm_flop
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.artifacts import write_json
@@ -123,9 +123,9 @@ def count_flops(request: dict[str, Any]) -> dict[str, Any]:
     if request["freeze_embeddings"]:
         freeze_embeddings(student)
     step = TrainingStep(student, None, None, vocabulary)
-    # The fused loss adds to the head's gradient in place, which the counter does not know.
-    in_place = {torch.ops.aten.addmm_: addmm_flop}
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+    # The fused loss adds to the head's gradient in place, which the counter does not know by itself.
+    known = {torch.ops.aten.addmm_: in_place_product_flops}
+    with FlopCounterMode(display=False, custom_mapping=known) as counter:
         step(ids).backward()
     return {
         "teacher": {
@@ -139,6 +139,17 @@ def count_flops(request: dict[str, Any]) -> dict[str, Any]:
             "step_flops": counter.get_total_flops() / length,
         },
     }
+
+
+def in_place_product_flops(
+    total: torch.Size,
+    left: torch.Size,
+    right: torch.Size,
+    out_shape: torch.Size | None = None,
+    **options: Any,
+) -> int:
+    """FLOPs of ``total.addmm_(left, right)`` from the shapes."""
+    return 2 * left[0] * left[1] * right[1]
 
 
 def frozen_as_buffers(model: nn.Module) -> None:
