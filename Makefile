@@ -1,5 +1,6 @@
 # make ship    set up .venv and run the default recipe to release/ (RECIPE=recipes/other.yaml for another)
 # make test    set up .venv and run all tests
+# make bench   set up .venv and run the benchmarks to benchmark-results/ (half an hour)
 # make check   format, lint, types, import rules
 # make clean   remove what was computed; make distclean removes .venv, too
 
@@ -9,13 +10,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 ENVIRONMENT := $(VENV)/.complete
 
-.PHONY: ship test check environment clean distclean
+BENCHMARKS := step loss harness_overhead mlc_speed tinyswallow_shape
+
+.PHONY: ship test bench check environment clean distclean
 
 ship: environment
 	$(BIN)/martlet ship $(RECIPE)
 
 test: environment
 	$(BIN)/pytest
+
+bench: environment
+	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name; done
 
 check: environment
 	$(BIN)/ruff format --check .
@@ -38,7 +44,7 @@ $(ENVIRONMENT): pyproject.toml constraints.txt .ci/lean_llama_cpp.cmake export/c
 	touch $@
 
 clean:
-	rm -rf store release release-smoke logs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf store release release-smoke logs benchmark-results .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 distclean: clean
 	rm -rf $(VENV) *.egg-info

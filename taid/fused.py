@@ -15,7 +15,7 @@ Common arguments:
   shared vocabulary beforehand (a slice ``weight[:V]``).
 - ``mask`` ``[N]`` or ``[B, T]``: positions that count; None: all.
 - ``student_head``, ``teacher_head``: ``HeadOptions`` with bias, scale and soft-capping.
-- ``chunk_size``: positions at a time; memory is about ``4 * chunk_size * V * 4`` bytes.
+- ``chunk_size``: positions at a time; memory is about ``2 * chunk_size * V * 4`` bytes for ``fused_taid``.
 
 Softmax runs in float32 (float64 inputs stay float64); projections run in the hidden states' type, or in
 autocast's where that is on.
@@ -530,15 +530,21 @@ class _Fused(torch.autograd.Function):
             else None
         )
         total = torch.zeros((), dtype=softmax_type, device=student_hidden.device)
+        # One buffer for the logits of every chunk: fresh memory would be cleared by the system each time.
+        shape = (min(count, chunk_size), weight.shape[0])
+        buffer = torch.empty(shape, dtype=softmax_type, device=student_hidden.device)
+        teacher_buffer = None if teacher_weight is None else torch.empty_like(buffer)
         with torch.autocast(device, enabled=False):
             for start in range(0, count, chunk_size):
                 chunk = slice(start, start + chunk_size)
                 hidden = student_hidden[chunk].to(compute_type)
-                logits = student_head.apply_((hidden @ weight.T).to(softmax_type))
+                logits = student_head.apply_(_project(hidden, weight, buffer))
                 teacher_logits = None
-                if teacher_hidden is not None and teacher_weight is not None:
-                    products = teacher_hidden[chunk].to(compute_type) @ teacher_weight.T
-                    teacher_logits = teacher_head.apply_(products.to(softmax_type))
+                if teacher_hidden is not None and teacher_weight is not None and teacher_buffer is not None:
+                    products = _project(
+                        teacher_hidden[chunk].to(compute_type), teacher_weight, teacher_buffer
+                    )
+                    teacher_logits = teacher_head.apply_(products)
                 capped = logits.clone() if student_head.softcap is not None and needs_gradient else None
                 loss, gradient = chunk_objective(
                     logits, teacher_logits, None if labels is None else labels[chunk]
@@ -559,7 +565,8 @@ class _Fused(torch.autograd.Function):
                     else:
                         weight_gradient += gradient.T @ hidden
         divisor = max(count, 1)
-        ctx.save_for_backward(
+        # Not saved for backward: autograd would keep its own reference and copy what it could hand over.
+        ctx.gradients = (
             hidden_gradient,
             None if weight_gradient is None else weight_gradient.div_(divisor).to(student_weight.dtype),
             None if bias_gradient is None else bias_gradient.div_(divisor).to(student_bias.dtype),  # type: ignore[union-attr]
@@ -570,11 +577,23 @@ class _Fused(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = outputs
-        gradients = tuple(
-            None if gradient is None else gradient * scale.to(gradient.dtype)
-            for gradient in ctx.saved_tensors
-        )
+        if ctx.gradients is None:
+            raise TaidError("The gradient of a fused objective can be taken once; compute the loss anew.")
+        # Scaled in place: a head's gradient is as large as the head, and nobody else holds it.
+        gradients = [
+            None if gradient is None else gradient.mul_(scale.to(gradient.dtype))
+            for gradient in ctx.gradients
+        ]
+        ctx.gradients = None
         return (*gradients, *[None] * 7)
+
+
+def _project(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
+    """``hidden @ weight.T`` in the first rows of a buffer, in the buffer's type."""
+    rows = buffer[: len(hidden)]
+    if hidden.dtype == buffer.dtype:
+        return torch.mm(hidden, weight.T, out=rows)
+    return rows.copy_(hidden @ weight.T)
 
 
 def _cross_entropy_with(target: Tensor, student_logits: Tensor) -> tuple[Tensor, Tensor]:

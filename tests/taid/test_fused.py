@@ -262,3 +262,14 @@ def test_bad_input_is_named(changes, message):
         fused.fused_taid(**{**arguments, **changes})
     with pytest.raises(TaidError, match="outside the vocabulary"):
         fused.fused_cross_entropy(torch.zeros(5, 3), torch.zeros(11, 3), torch.full((5,), 11))
+
+
+def test_a_second_backward_says_so():
+    parts = problem(3, 4, 7, 3, 4)
+    hidden = parts["hidden"].requires_grad_()
+    loss = fused.fused_forward_kl(
+        hidden, parts["weight"], parts["teacher_hidden"], parts["teacher_weight"], mask=parts["mask"]
+    )
+    loss.backward(retain_graph=True)
+    with pytest.raises(TaidError, match="once"):
+        loss.backward()
