@@ -12,16 +12,23 @@ from export.runtime import Message
 
 
 class TorchRuntime:
-    """See ``export.runtime.Runtime``. Safetensors only; code of a repository is never run."""
+    """See ``export.runtime.Runtime``. Safetensors only; the folder's own code runs only when asked for."""
 
     name = "torch"
 
-    def __init__(self, path: Path, threads: int = 1, context_length: int | None = None):
+    def __init__(
+        self,
+        path: Path,
+        threads: int = 1,
+        context_length: int | None = None,
+        trust_remote_code: bool = False,
+    ):
         """
         Args:
             path: a Hugging Face folder with safetensors and a tokenizer.
             threads: CPU threads of torch, for the whole process.
             context_length: tokens of cache; the model's own maximum by default.
+            trust_remote_code: run the model code that the folder carries.
 
         Raises:
             ExportError: the folder holds no safetensors, or they or the tokenizer cannot be loaded.
@@ -31,7 +38,7 @@ class TorchRuntime:
             raise ExportError(f"{path}: no .safetensors file; only safetensors are loaded.")
         torch.set_num_threads(threads)
         try:
-            safe = {"trust_remote_code": False, "local_files_only": True}
+            safe = {"trust_remote_code": trust_remote_code, "local_files_only": True}
             self.tokenizer = AutoTokenizer.from_pretrained(path, **safe)
             self.model = AutoModelForCausalLM.from_pretrained(
                 path, dtype=torch.float32, use_safetensors=True, **safe

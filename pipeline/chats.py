@@ -64,7 +64,7 @@ def run(store: Store, recipe: Recipe, teacher: Artifact) -> Artifact:
             )
 
     def make(output: Path, work: Path) -> None:
-        tokenizer = load_tokenizer(teacher.path / "model")
+        tokenizer = load_tokenizer(teacher.path / "model", recipe.teacher.trust_remote_code)
         wanted = section.conversations + section.held_out_conversations
         ready: list[Messages] = []
         prompts: list[str] = []
@@ -225,7 +225,8 @@ def _open_teachers(recipe: Recipe, teacher: Artifact) -> list[Runtime]:
     length = max(512, recipe.data.chats.max_tokens + recipe.data.chats.max_answer_tokens)
     if gguf is not None:
         return [LlamaCppRuntime(gguf, 1, length) for _ in range(recipe.threads)]
-    return [TorchRuntime(teacher.path / "model", recipe.threads)]
+    trusted = recipe.teacher.trust_remote_code
+    return [TorchRuntime(teacher.path / "model", recipe.threads, trust_remote_code=trusted)]
 
 
 def _answer(runtime: Runtime, prompt: str, max_tokens: int, seed: list[int]) -> tuple[str, int]:

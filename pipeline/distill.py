@@ -74,7 +74,7 @@ def run(
         blocks = {split: np.load(text.path / f"{split}.npy") for split in SPLITS}
         positions = {split: position_ids(np.load(text.path / f"documents_{split}.npy")) for split in SPLITS}
         if hidden_states is None:
-            live = LiveTeacher(load_model(teacher.path / "model"))
+            live = LiveTeacher(load_model(teacher.path / "model", recipe.teacher.trust_remote_code))
             teachers: dict[str, LiveTeacher | CachedTeacher] = dict.fromkeys(SPLITS, live)
         else:
             # The store has verified the digests of these files a moment ago.

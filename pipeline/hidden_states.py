@@ -27,7 +27,7 @@ def run(store: Store, recipe: Recipe, teacher: Artifact, text: Artifact) -> Arti
     """
 
     def make(output: Path, work: Path) -> None:
-        model = load_model(teacher.path / "model")
+        model = load_model(teacher.path / "model", recipe.teacher.trust_remote_code)
         report = throttled(store.report)
         for split in SPLITS:
             blocks = np.load(text.path / f"{split}.npy")

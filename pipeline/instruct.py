@@ -42,7 +42,7 @@ def run(store: Store, recipe: Recipe, teacher: Artifact, student: Artifact, chat
         generation_config = model.generation_config
         train_examples = rendered(chats.path / "train.jsonl", tokenizer)
         held_out = rendered(chats.path / "held_out.jsonl", tokenizer)
-        reference = LiveTeacher(load_model(teacher.path / "model"))
+        reference = LiveTeacher(load_model(teacher.path / "model", recipe.teacher.trust_remote_code))
         store.report("instruct: evaluating on held-out chats before")
         before = evaluate(model, reference, held_out)
         lora = None
@@ -98,7 +98,12 @@ def run(store: Store, recipe: Recipe, teacher: Artifact, student: Artifact, chat
             "before": student.path / "model",
             "after": output / "model",
         }
-        answers = {who: greedy_answers(folder, prompts, recipe.threads) for who, folder in folders.items()}
+        answers = {
+            who: greedy_answers(
+                folder, prompts, recipe.threads, who == "teacher" and recipe.teacher.trust_remote_code
+            )
+            for who, folder in folders.items()
+        }
         write_json(
             output / "conversations.json",
             [
@@ -164,9 +169,11 @@ def held_out_prompts(path: Path) -> list[list[dict[str, str]]]:
     return prompts
 
 
-def greedy_answers(folder: Path, prompts: list[list[dict[str, str]]], threads: int) -> list[str]:
+def greedy_answers(
+    folder: Path, prompts: list[list[dict[str, str]]], threads: int, trust_remote_code: bool = False
+) -> list[str]:
     """A model's greedy answer to each prompt."""
-    runtime = TorchRuntime(folder, threads, None)
+    runtime = TorchRuntime(folder, threads, trust_remote_code=trust_remote_code)
     try:
         return [
             runtime.decode_text(

@@ -59,7 +59,7 @@ def run(store: Store, recipe: Recipe, teacher: Artifact) -> Artifact:
     section = recipe.data.text
 
     def make(output: Path, work: Path) -> None:
-        tokenizer = load_tokenizer(teacher.path / "model")
+        tokenizer = load_tokenizer(teacher.path / "model", recipe.teacher.trust_remote_code)
         end = end_of_text(tokenizer)
         with (work / "documents.txt").open("w+b") as file:
             kept = _gather(section, recipe.seed, file)

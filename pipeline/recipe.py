@@ -257,6 +257,15 @@ class Recipe(Section):
     validate_: Validate = Field(Validate(), alias="validate")
     bench: Bench = Bench()
 
+    @model_validator(mode="after")
+    def student_of_known_code(self) -> Self:
+        if self.teacher.trust_remote_code and self.student.prune is not None:
+            raise ValueError(
+                "student.prune: a teacher with teacher.trust_remote_code cannot be pruned, since no export "
+                "knows its architecture; give student.model"
+            )
+        return self
+
     @field_validator("name")
     @classmethod
     def no_dots(cls, name: str) -> str:
@@ -313,7 +322,7 @@ def _first_problem(error: ValidationError) -> str:
     shown = repr(problem.get("input"))
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     if problem["type"] == "value_error":
-        return f"{key}: {message}."
+        return f"{key}: {message}." if problem["loc"] else f"{message}."
     return f"{key}: {message[0].lower()}{message[1:]}, not {shown}."
 
 

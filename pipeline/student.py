@@ -26,7 +26,7 @@ def run(store: Store, recipe: Recipe, teacher: Artifact, text: Artifact) -> Arti
     """
 
     def make(output: Path, work: Path) -> None:
-        teacher_tokenizer = load_tokenizer(teacher.path / "model")
+        teacher_tokenizer = load_tokenizer(teacher.path / "model", recipe.teacher.trust_remote_code)
         facts: dict[str, object]
         if recipe.student.prune is not None:
             model, tokenizer = load_model(teacher.path / "model"), teacher_tokenizer
@@ -46,7 +46,7 @@ def run(store: Store, recipe: Recipe, teacher: Artifact, text: Artifact) -> Arti
                 load_tokenizer(source, revision=revision),
             )
             facts = {"influences": None, "dropped": None}
-        teacher_rows = load_config_vocabulary_size(teacher.path / "model")
+        teacher_rows = load_config_vocabulary_size(teacher.path / "model", recipe.teacher.trust_remote_code)
         try:
             shared_vocabulary_size(teacher_tokenizer, tokenizer, teacher_rows, model.config.vocab_size)
         except TaidError as error:
@@ -62,8 +62,9 @@ def run(store: Store, recipe: Recipe, teacher: Artifact, text: Artifact) -> Arti
     )
 
 
-def load_config_vocabulary_size(folder: Path) -> int:
+def load_config_vocabulary_size(folder: Path, trust_remote_code: bool = False) -> int:
     """Rows of the embedding, as the folder's configuration says."""
     from transformers import AutoConfig
 
-    return int(AutoConfig.from_pretrained(folder).get_text_config().vocab_size)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return int(config.get_text_config().vocab_size)

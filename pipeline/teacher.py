@@ -58,7 +58,7 @@ def run(store: Store, recipe: Recipe) -> Artifact:
             )
         source["files"] = {
             path.name: sha256_of_file(path)
-            for pattern in WANTED_FILES
+            for pattern in wanted_files(section)
             for path in sorted(folder.glob(pattern))
             if path.is_file()
         }
@@ -78,6 +78,11 @@ def run(store: Store, recipe: Recipe) -> Artifact:
     return store.get_or_make(
         STAGE, VERSION, {"trust_remote_code": section.trust_remote_code, **source}, {}, make
     )
+
+
+def wanted_files(section: Teacher) -> list[str]:
+    """Patterns of the files that make a teacher; its repository's code only where the recipe trusts it."""
+    return [*WANTED_FILES, "*.py"] if section.trust_remote_code else list(WANTED_FILES)
 
 
 def packaged_gguf(model: str) -> Path | None:
@@ -106,7 +111,7 @@ def _local_folder(recipe: Recipe) -> Path:
 
     try:
         return Path(
-            snapshot_download(section.model, revision=section.revision, allow_patterns=list(WANTED_FILES))
+            snapshot_download(section.model, revision=section.revision, allow_patterns=wanted_files(section))
         )
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

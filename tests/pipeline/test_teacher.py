@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from export.llama_cpp_runtime import LlamaCppRuntime
-from pipeline import teacher
+from pipeline import distill, hidden_states, prepare, student, teacher
 from pipeline.artifacts import Artifact, Store, sha256_of_file
 from pipeline.conversations import fixed_conversations
 from pipeline.errors import UserError
@@ -240,3 +240,55 @@ def test_packaged_teacher_predicts_as_llama_cpp_does(
     dimensions = torch.arange(0, 64, 2).float() / 64
     rotary.inv_freq = 1.0 / 10000.0**dimensions
     assert mean_kl() > 0.1
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own-architecture"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def folder_with_code(folder: Path) -> Path:
+    """A teacher whose model code lies in its own folder, as repositories with remote code have it."""
+    config = json.loads((folder / "config.json").read_text())
+    config["model_type"] = "own-architecture"
+    config["architectures"] = ["OwnForCausalLM"]
+    config["auto_map"] = {
+        "AutoConfig": "modeling_own.OwnConfig",
+        "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "modeling_own.py").write_text(OWN_CODE)
+    return folder
+
+
+def test_code_of_a_teacher_is_run_only_where_the_recipe_trusts_it(
+    folder_with_code: Path, tiny_model_dir: Path, store: Store, make_recipe: MakeRecipe
+) -> None:
+    with pytest.raises(UserError, match="cannot be loaded"):
+        teacher.run(store, make_recipe(folder_with_code))
+    recipe = make_recipe(
+        folder_with_code, teacher__trust_remote_code=True, student={"model": str(tiny_model_dir)}
+    )
+    artifact = teacher.run(store, recipe)
+    text = prepare.run(store, recipe, artifact)
+    initial = student.run(store, recipe, artifact, text)
+    states = hidden_states.run(store, recipe, artifact, text)
+    # Teacher and student have the same weights, so what was computed with the teacher's own code is known.
+    trained = distill.run(store, recipe, artifact, initial, text, states, "taid")
+    assert json.loads((trained.path / "evaluation.json").read_text())["before"]["kl"] < 1e-6
+
+
+def test_a_teacher_with_its_own_code_cannot_be_pruned(
+    folder_with_code: Path, make_recipe: MakeRecipe
+) -> None:
+    with pytest.raises(ValueError, match=r"student.prune: .* give student.model"):
+        make_recipe(folder_with_code, teacher__trust_remote_code=True)
