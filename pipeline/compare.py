@@ -205,7 +205,8 @@ def run(
     cache = None
     if recipe.teacher.cache != "none":
         cache = hidden_states.run(store, recipe, teacher_model, text)
-    reference = read(measure(store, text, teacher_model, "teacher"), "measure.json")
+    trusted = recipe.teacher.trust_remote_code
+    reference = read(measure(store, text, teacher_model, "teacher", trusted), "measure.json")
     before = read(measure(store, text, initial, "initial student"), "measure.json")
     epochs = run_epochs(recipe, tokens)
     results: list[dict[str, Any]] = [
@@ -275,7 +276,9 @@ def run(
     }
 
 
-def measure(store: Store, text: Artifact, model: Artifact, label: str) -> Artifact:
+def measure(
+    store: Store, text: Artifact, model: Artifact, label: str, trust_remote_code: bool = False
+) -> Artifact:
     """Measures a model alone: its distribution's head and tail, and its greedy continuations.
 
     Args:
@@ -283,6 +286,7 @@ def measure(store: Store, text: Artifact, model: Artifact, label: str) -> Artifa
         text: packed tokens; the held-out ones are used.
         model: an artifact with a ``model/`` folder.
         label: its name in progress lines.
+        trust_remote_code: run the code that the model's folder carries.
 
     Returns:
         ``measure.json``: ``head_mass`` and ``tail_mass``, means over ``mass_tokens`` positions of the first
@@ -291,7 +295,9 @@ def measure(store: Store, text: Artifact, model: Artifact, label: str) -> Artifa
 
     def make(output: Path, work: Path) -> None:
         store.report(f"compare: measuring head, tail and continuations of {label}")
-        loaded, tokenizer = load_model(model.path / "model"), load_tokenizer(model.path / "model")
+        folder = model.path / "model"
+        loaded = load_model(folder, trust_remote_code)
+        tokenizer = load_tokenizer(folder, trust_remote_code)
         blocks = np.load(text.path / "held_out.npy")
         documents = np.load(text.path / "documents_held_out.npy")
         count = max(1, MASS_TOKENS // blocks.shape[1])
