@@ -67,8 +67,8 @@ def run(
         ``memory`` of one device, ``cache`` and ``disk``, as JSON values.
 
     Raises:
-        UserError: a configuration cannot be had, the models do not fit together, or the teacher brings code of
-            its own, which planning does not run.
+        UserError: a configuration cannot be had, the models do not fit together, or the teacher brings code
+            of its own, which planning does not run.
     """
     if recipe.teacher.trust_remote_code:
         raise UserError("teacher.trust_remote_code: a teacher with code of its own cannot be planned.")
