@@ -190,6 +190,16 @@ def tensor_types(path: Path) -> dict[str, int]:
     return dict(Counter(tensor_type_of_each(path).values()).most_common())
 
 
+def tensor_kinds(path: Path) -> dict[str, dict[str, int]]:
+    """Of each kind of tensor (``attn_q``, ``token_embd``, ...), how many are stored in which type."""
+    kinds: dict[str, Counter[str]] = {}
+    for name, tensor_type in tensor_type_of_each(path).items():
+        parts = name.split(".")
+        kind = parts[2] if parts[0] == "blk" else parts[0]
+        kinds.setdefault(kind, Counter())[tensor_type] += 1
+    return {kind: dict(counts.most_common()) for kind, counts in kinds.items()}
+
+
 def _write_card(path: Path, metadata: Mapping[str, Any]) -> None:
     """The converter takes licence, base models, languages and tags from a model card's front matter."""
     path.unlink(missing_ok=True)

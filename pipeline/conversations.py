@@ -1,4 +1,11 @@
-"""Fixed conversations whose token ids every exported file must reproduce."""
+"""Fixed conversations whose token ids every exported file must reproduce, and the prompts of the report."""
+
+import json
+from itertools import islice
+from pathlib import Path
+
+SAMPLE_CONVERSATIONS = 4
+SAMPLE_TOKENS = 48
 
 Messages = list[dict[str, str]]
 
@@ -73,3 +80,10 @@ def answered_conversations() -> list[Messages]:
     return [
         [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": answer}] for answer in answers
     ]
+
+
+def held_out_prompts(path: Path) -> list[Messages]:
+    """The first ``SAMPLE_CONVERSATIONS`` of a JSON Lines file, each up to its last user turn: what models and
+    files are asked for the report."""
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line)["messages"][:-1] for line in islice(lines, SAMPLE_CONVERSATIONS)]

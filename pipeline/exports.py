@@ -3,14 +3,14 @@
 from pathlib import Path
 
 from export.errors import ExportError
-from export.gguf import export_gguf, tensor_types
+from export.gguf import export_gguf, tensor_kinds, tensor_types
 from export.mlc import export_mlc
 from export.onnx import export_onnx
 from pipeline.artifacts import Artifact, Store, write_json
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 
-VERSION = 2
+VERSION = 3
 FORMATS = ("gguf", "mlc", "onnx")
 
 
@@ -19,8 +19,8 @@ def run(store: Store, recipe: Recipe, instruct: Artifact, format: str) -> Artifa
 
     Returns:
         ``files/`` (for MLC one folder a quantization below it) and ``files.json``: [{path, format,
-        quantization, bytes, tensor_types}], where path is what ``export.runtime.open_runtime`` opens,
-        relative to the artifact.
+        quantization, bytes, tensor_types, tensor_kinds}], where path, relative to the artifact, is what
+        ``export.runtime.open_runtime`` opens.
 
     Raises:
         UserError: the format cannot hold this model; the sentence says why.
@@ -77,6 +77,7 @@ def run(store: Store, recipe: Recipe, instruct: Artifact, format: str) -> Artifa
                     "quantization": quantization,
                     "bytes": size_of(path),
                     "tensor_types": tensor_types(path) if format == "gguf" else None,
+                    "tensor_kinds": tensor_kinds(path) if format == "gguf" else None,
                 }
                 for path, quantization in zip(paths, quantizations, strict=True)
             ],

@@ -23,6 +23,7 @@ class Fidelity:
         self._same_top: list[np.ndarray] = []
         self._top_probability_difference: list[np.ndarray] = []
         self._loss_difference: list[np.ndarray] = []
+        self._tops: list[np.ndarray] = []
 
     def add(self, reference: np.ndarray, logits: np.ndarray, next_ids: np.ndarray) -> None:
         """Adds positions.
@@ -57,6 +58,30 @@ class Fidelity:
             self._same_top.append(top == log_q.argmax(-1))
             self._top_probability_difference.append(np.exp(log_q[rows, top]) - p[rows, top])
             self._loss_difference.append(log_p[rows, next_ids] - log_q[rows, next_ids])
+            other = log_q.argmax(-1)
+            self._tops.append(np.stack([top, p[rows, top], other, np.exp(log_q[rows, other])], axis=1))
+
+    def worst(self, count: int) -> list[dict[str, float]]:
+        """The positions at which the file is furthest from the model, furthest first.
+
+        Returns:
+            position (counted from 0 in the order of adding), kl, model_top and file_top, the ids of the most
+            likely tokens, and their probabilities, model_probability and file_probability, each by its own
+            model. Positions whose KL is no number are left out.
+        """
+        kl, tops = np.concatenate(self._kl), np.concatenate(self._tops)
+        order = [place for place in np.argsort(-kl, kind="stable") if np.isfinite(kl[place])]
+        return [
+            {
+                "position": int(place),
+                "kl": float(kl[place]),
+                "model_top": int(tops[place, 0]),
+                "model_probability": float(tops[place, 1]),
+                "file_top": int(tops[place, 2]),
+                "file_probability": float(tops[place, 3]),
+            }
+            for place in order[:count]
+        ]
 
     def statistics(self) -> dict[str, float]:
         """What the positions say together.

@@ -13,6 +13,7 @@ from export.runtime import generate_greedily
 from export.torch_runtime import TorchRuntime
 from pipeline.artifacts import Artifact, Store, write_json
 from pipeline.chat_template import render_with_mask
+from pipeline.conversations import SAMPLE_TOKENS, held_out_prompts
 from pipeline.models import load_model, load_tokenizer, save_model
 from pipeline.recipe import Recipe
 from pipeline.training import ProgressLines, curve_of, train, training_values
@@ -20,8 +21,6 @@ from taid import LiveTeacher, TaidError, evaluate_distillation, freeze_embedding
 
 STAGE = "instruct"
 VERSION = 1
-SAMPLE_CONVERSATIONS = 4
-SAMPLE_TOKENS = 48
 
 
 def run(store: Store, recipe: Recipe, teacher: Artifact, student: Artifact, chats: Artifact) -> Artifact:
@@ -156,17 +155,6 @@ def evaluate(
         "teacher_cross_entropy": sums["teacher_cross_entropy"] / max(count, 1),
         "tokens": count,
     }
-
-
-def held_out_prompts(path: Path) -> list[list[dict[str, str]]]:
-    """The first held-out conversations up to their last user turn."""
-    prompts = []
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            prompts.append(json.loads(line)["messages"][:-1])
-            if len(prompts) == SAMPLE_CONVERSATIONS:
-                break
-    return prompts
 
 
 def greedy_answers(

@@ -27,6 +27,8 @@ TITLES = {
     "t": "TAID's interpolation t of each step: 0 is the student itself, 1 the teacher",
     "fidelity": "Mean KL to the model against size. Lower and further left is better",
     "speed": "Decode speed against size. Higher and further left is better",
+    "pareto": "Size, mean KL and decode speed: the larger a mark, the faster the file. The line joins those "
+    "that no other beats in both size and KL",
 }
 """What each picture shows: its caption and its text for screen readers."""
 
@@ -81,6 +83,9 @@ def collect(
         "tensor_types": {
             Path(entry["path"]).name: entry["tensor_types"] for entry in files if entry["tensor_types"]
         },
+        "tensor_kinds": {
+            Path(entry["path"]).name: entry["tensor_kinds"] for entry in files if entry.get("tensor_kinds")
+        },
         "stages": stage_times,
         "machine": platform.machine(),
         "lineage": lineage(artifacts),
@@ -124,6 +129,8 @@ def render(facts: dict[str, Any]) -> str:
             facts=facts,
             failures=[sentence for entry in facts["fidelity"] for sentence in entry["failures"]],
             notes=notes(facts),
+            reasons=reasons(facts),
+            talks=talks(facts),
             charts=charts(facts),
             titles=TITLES,
             recipe_yaml=yaml.safe_dump(facts["recipe"], sort_keys=False, allow_unicode=True),
@@ -165,6 +172,55 @@ def notes(facts: dict[str, Any]) -> list[str]:
             "their speeds are not to be trusted."
         )
     return sentences
+
+
+def reasons(facts: dict[str, Any]) -> list[str]:
+    """Why the verdict is what it is, beyond the gates that failed: the file that comes closest to its limit,
+    and what distillation did."""
+    sentences = []
+    limits = facts["recipe"]["validate"]
+    shares = []
+    for entry in facts["fidelity"]:
+        threshold = limits["thresholds"].get(entry["quantization"], limits["default"])["mean_kl"]
+        if entry["mean_kl"] is not None:
+            shares.append((entry["mean_kl"] / threshold, threshold, entry))
+    if shares:
+        share, threshold, entry = max(shares, key=lambda found: found[0])
+        sentences.append(
+            f"Nearest to its limit is {entry['format']} {entry['quantization']}: mean KL "
+            f"{readable_number(entry['mean_kl'])} nats of at most {readable_number(threshold)} "
+            f"({readable_percent(share, 0)}), the same most likely token in "
+            f"{readable_percent(entry['same_top'])} of the positions."
+        )
+    held_out = facts["distillation"]["held_out"]
+    control = facts["distillation"]["control"]
+    left = held_out["kl_after"] / held_out["kl_before"]
+    sentences.append(
+        f"Distillation left {readable_percent(left, 0)} of the student's distance to the teacher"
+        + (
+            f", plain cross-entropy on the same tokens "
+            f"{readable_percent(control['held_out']['kl_after'] / control['held_out']['kl_before'], 0)}."
+            if control
+            else "."
+        )
+    )
+    return sentences
+
+
+def talks(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """The conversations with every file's answer: [{prompt, answers: [(who, text)]}]. Files that say the
+    same are put together, and those that say what the model says stand with it."""
+    pages = []
+    for number, talk in enumerate(facts["conversations"]):
+        said: dict[str, list[str]] = {talk["after"]: ["student after"]}
+        for entry in facts["fidelity"]:
+            answers = entry.get("answers")
+            if answers is not None and number < len(answers):
+                said.setdefault(answers[number], []).append(f"{entry['format']} {entry['quantization']}")
+        answers = [("teacher", talk["teacher"]), ("student before instruction tuning", talk["before"])]
+        answers += [(", ".join(who), text) for text, who in said.items()]
+        pages.append({"prompt": talk["prompt"], "answers": answers})
+    return pages
 
 
 def readable_percent(share: float | None, digits: int = 1) -> str:
@@ -219,6 +275,7 @@ def charts(facts: dict[str, Any]) -> dict[str, Markup]:
     ]
     pictures["fidelity"] = _files(files, "mean_kl", "mean KL to the model, nats", "log")
     pictures["speed"] = _files(files, "speed", "decode, tokens/s", "linear")
+    pictures["pareto"] = _pareto([file for file in files if file["mean_kl"] and file["speed"]])
     return {name: svg(chart, TITLES[name]) for name, chart in pictures.items() if chart is not None}
 
 
@@ -300,6 +357,70 @@ def _files(
     name = altair.Text("quantization:N")
     pictures = altair.LayerChart(layer=[dots, left.encode(text=name), right.encode(text=name)])
     return pictures.properties(width=390, height=290)
+
+
+def pareto_front(files: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of which no other is both smaller and nearer to the model, the smallest first."""
+    front: list[dict[str, Any]] = []
+    for entry in sorted(files, key=lambda file: (file["megabytes"], file["mean_kl"])):
+        if not front or entry["mean_kl"] < front[-1]["mean_kl"]:
+            front.append(entry)
+    return front
+
+
+def _pareto(files: list[dict[str, Any]]) -> altair.LayerChart | None:
+    """Mean KL over size, marks as large as the file is fast, with the line of the best."""
+    if len(files) < 2:
+        return None
+    x = altair.X(
+        "megabytes:Q",
+        title="size, MB",
+        scale=altair.Scale(type="log", nice=False, padding=56),
+        axis=altair.Axis(tickCount=6, format=",.3~r"),
+    )
+    y = altair.Y(
+        "mean_kl:Q",
+        title="mean KL to the model, nats",
+        scale=altair.Scale(type="log", padding=24),
+        axis=altair.Axis(tickCount=5, format=".0e"),
+    )
+    formats = [name for name in FORMATS if any(entry["format"] == name for entry in files)]
+    colours = dict(zip(FORMATS, (BLUE, TEAL, ORANGE), strict=True))
+    line = (
+        altair.Chart(altair.Data(values=pareto_front(files)))
+        .mark_line(color="currentColor", strokeDash=[4, 3], strokeWidth=1.5, opacity=0.6)
+        .encode(x=x, y=y)
+    )
+    ranked = sorted(files, key=lambda entry: entry["mean_kl"])
+    values = [
+        {
+            **entry,
+            "label": f"{entry['quantization']}, {readable_number(entry['speed'])} tok/s",
+            "left": rank % 2 == 1,
+        }
+        for rank, entry in enumerate(ranked)
+    ]
+    base = altair.Chart(altair.Data(values=values)).encode(x=x, y=y)
+    fastest = max(entry["speed"] for entry in files)
+    marks = base.mark_circle(opacity=0.85).encode(
+        size=altair.Size(
+            "speed:Q", scale=altair.Scale(domain=[0, fastest], range=[20, 420], zero=True), legend=None
+        ),
+        color=altair.Color(
+            "format:N",
+            scale=altair.Scale(domain=formats, range=[colours[name] for name in formats]),
+            legend=altair.Legend(title=None, orient="top"),
+        ),
+    )
+    left = base.transform_filter("datum.left").mark_text(
+        align="right", dx=-13, fontSize=12, color="currentColor"
+    )
+    right = base.transform_filter("!datum.left").mark_text(
+        align="left", dx=13, fontSize=12, color="currentColor"
+    )
+    name = altair.Text("label:N")
+    layers = altair.LayerChart(layer=[line, marks, left.encode(text=name), right.encode(text=name)])
+    return layers.properties(width=560, height=330)
 
 
 def svg(chart: altair.Chart | altair.LayerChart | altair.FacetChart, title: str) -> Markup:

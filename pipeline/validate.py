@@ -11,13 +11,14 @@ import numpy as np
 from export.processes import run_logged
 from pipeline.artifacts import Artifact, Store, write_json
 from pipeline.chat_template import render_with_mask
+from pipeline.conversations import held_out_prompts
 from pipeline.errors import GateFailed, UserError
 from pipeline.models import load_tokenizer
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe, Thresholds
 
 STAGE = "fidelity"
-VERSION = 2
+VERSION = 3
 REFERENCE_VERSION = 1
 HELD_OUT_CHATS = 8
 
@@ -37,6 +38,8 @@ NOT_MEASURED: dict[str, Any] = dict.fromkeys(
         "top_probability_rms",
         "decode_kl",
         "tokens",
+        "worst",
+        "answers",
     )
 )
 """What a file's entry says of measurements when the file could not be run."""
@@ -59,12 +62,14 @@ def run(
     def make(output: Path, work: Path) -> None:
         reference = reference_logits(store, recipe, instruct, text, chats)
         results = []
+        prompts = held_out_prompts(chats.path / "held_out.jsonl")
         entries = json.loads((exported.path / "files.json").read_text(encoding="utf-8"))
         for number, entry in enumerate(entries):
             label = f"validate {entry['format']} {entry['quantization']}"
             store.report(Progress(label.replace(" ", ": ", 1), number, len(entries), "files"))
             request = {"file": str(exported.path / entry["path"]), "reference": str(reference.path)}
-            problem, measured = _worker(request | {"threads": recipe.threads}, work, store, label)
+            request |= {"threads": recipe.threads, "prompts": prompts}
+            problem, measured = _worker(request, work, store, label)
             thresholds = recipe.validate_.thresholds.get(entry["quantization"], recipe.validate_.default)
             name = Path(entry["path"]).name
             if problem is None:

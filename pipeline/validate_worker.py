@@ -12,13 +12,19 @@ from typing import Any
 import numpy as np
 
 from export.errors import ExportError
-from export.runtime import Runtime, open_runtime
+from export.runtime import Message, Runtime, generate_greedily, open_runtime
 from pipeline.artifacts import write_json
-from pipeline.conversations import answered_conversations, fixed_conversations
+from pipeline.conversations import SAMPLE_TOKENS, answered_conversations, fixed_conversations
 from pipeline.fidelity import Fidelity
 
 CHUNK = 256
 """Positions compared at a time."""
+
+WORST = 5
+"""Positions that are shown with their text."""
+
+CONTEXT = 24
+"""Tokens of that text."""
 
 STEPS = 16
 """Tokens decoded one by one, to compare with the same tokens in one pass."""
@@ -138,8 +144,9 @@ def judge(
 
 def compare_logits(
     runtime: Runtime, reference: dict[str, Any], logits_of: Callable[[int], np.ndarray]
-) -> dict[str, float]:
-    """``Fidelity.statistics`` over all rows, each from an empty cache, as far as both vocabularies go."""
+) -> dict[str, Any]:
+    """``Fidelity.statistics`` over all rows, each from an empty cache, as far as both vocabularies go; and
+    ``worst``, the positions of the largest KL with the text before them."""
     size = min(runtime.vocabulary_size, reference["vocabulary_size"])
     fidelity = Fidelity()
     for number, row in enumerate(reference["rows"]):
@@ -149,7 +156,19 @@ def compare_logits(
         for start in range(0, len(following), CHUNK):
             chunk = slice(start, min(start + CHUNK, len(following)))
             fidelity.add(expected[chunk, :size], logits[chunk, :size], following[chunk])
-    return fidelity.statistics()
+    places = [(row, place) for row in reference["rows"] for place in range(len(row) - 1)]
+    worst = []
+    for found in fidelity.worst(WORST):
+        row, place = places[int(found["position"])]
+        texts = {
+            "text": row[max(0, place + 1 - CONTEXT) : place + 1],
+            "next": [row[place + 1]],
+            "model_top": [int(found["model_top"])],
+            "file_top": [int(found["file_top"])],
+        }
+        decoded = {name: runtime.decode_text(ids) for name, ids in texts.items()}
+        worst.append({"kl": found["kl"], **decoded, **{k: found[k] for k in found if "probability" in k}})
+    return {**fidelity.statistics(), "worst": worst}
 
 
 def decode_divergence(runtime: Runtime, row: list[int]) -> float:
@@ -166,13 +185,24 @@ def decode_divergence(runtime: Runtime, row: list[int]) -> float:
     return fidelity.statistics()["mean_kl"]
 
 
+def answers(runtime: Runtime, prompts: list[list[Message]]) -> list[str]:
+    """The file's greedy answer to each prompt, as the report shows them beside the model's."""
+    said = []
+    for prompt in prompts:
+        ids = runtime.chat_ids(prompt, add_generation_prompt=True)
+        room = min(SAMPLE_TOKENS, runtime.context_length - len(ids))
+        said.append(runtime.decode_text(generate_greedily(runtime, ids, room)).strip() if room > 0 else "")
+    return said
+
+
 def _leading(ids: list[int], bos_token_id: int | None) -> int:
     """How many BOS tokens a conversation begins with."""
     return next((place for place, token_id in enumerate(ids) if token_id != bos_token_id), len(ids))
 
 
 def main() -> int:
-    """Reads the request {reference, threads} and {model, rows} or {file}; writes the result of ``judge``.
+    """Reads the request {reference, threads} and {model, rows} or {file, prompts}; writes the result of
+    ``judge`` and the file's ``answers``.
     Exit code 2 and a sentence on stderr if the file fails to run."""
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     folder = Path(request["reference"])
@@ -182,9 +212,11 @@ def main() -> int:
             return 0
         reference, logits_of = read_reference(folder)
         # No more cache than the rows need.
-        context_length = max(len(row) for row in reference["rows"])
+        longest = max(len(row) for row in reference["rows"])
+        context_length = max(longest, min(longest + SAMPLE_TOKENS, reference["context_length"]))
         runtime = open_runtime(Path(request["file"]), request["threads"], context_length)
-        write_json(Path(sys.argv[2]), judge(runtime, reference, logits_of))
+        judged = judge(runtime, reference, logits_of)
+        write_json(Path(sys.argv[2]), {**judged, "answers": answers(runtime, request["prompts"])})
     except ExportError as error:
         print(error, file=sys.stderr)
         return 2

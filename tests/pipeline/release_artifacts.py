@@ -183,7 +183,9 @@ def _instruct_files() -> dict[str, Any]:
 
 def _add_format(add: Any, format: str, entries: list[tuple[str, str, str, int, float, float]]) -> None:
     files: dict[str, Any] = {}
-    listing, fidelity, device = [], [], []
+    listing: list[dict[str, Any]] = []
+    fidelity: list[dict[str, Any]] = []
+    device: list[dict[str, Any]] = []
     if format == "onnx":
         files |= {"files/genai_config.json": {}, "files/tokenizer.json": {}}
     for _, quantization, path, size, kl, speed in entries:
@@ -197,7 +199,8 @@ def _add_format(add: Any, format: str, entries: list[tuple[str, str, str, int, f
             files[path] = bytes(size)
         types = {"F32": 61, "Q5_0": 166, "Q8_0": 15, "Q6_K": 14} if format == "gguf" else None
         shared = {"format": format, "quantization": quantization, "bytes": size * 1_000}
-        listing.append({"path": path, **shared, "tensor_types": types})
+        kinds = {"attn_q": {"Q5_0": 20}, "output_norm": {"F32": 1}} if format == "gguf" else None
+        listing.append({"path": path, **shared, "tensor_types": types, "tensor_kinds": kinds})
         name = Path(path).name
         fidelity.append(
             {
@@ -215,6 +218,21 @@ def _add_format(add: Any, format: str, entries: list[tuple[str, str, str, int, f
                 "perplexity_ratio": 1 + kl / 3,
                 "perplexity_ratio_error": 0.003,
                 "tokens": 2_048,
+                "worst": [
+                    {
+                        "kl": kl * 40,
+                        "text": "The import statement searches for the <module> and",
+                        "next": " binds",
+                        "model_top": " then",
+                        "file_top": " a",
+                        "model_probability": 0.61,
+                        "file_probability": 0.22,
+                    }
+                ],
+                "answers": [
+                    "Rain is water that falls from the sky." + (" Sky sky." if kl > 0.1 else ""),
+                    "Red.",
+                ],
                 "passed": True,
                 "failures": [],
             }

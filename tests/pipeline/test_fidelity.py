@@ -46,6 +46,26 @@ def test_statistics_equal_torch_in_float64(pair) -> None:
     assert statistics["top_probability_rms"] == pytest.approx(change.square().mean().sqrt().item(), rel=1e-12)
 
 
+def test_worst_positions_are_those_of_torch(pair) -> None:
+    reference, logits, following = pair
+    fidelity = Fidelity()
+    for start in (0, 100):  # in two pieces, as rows come
+        part = slice(start, start + (100 if start == 0 else 200))
+        fidelity.add(reference[part], logits[part], following[part])
+    log_p = torch.from_numpy(reference).double().log_softmax(-1)
+    log_q = torch.from_numpy(logits).double().log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    values, places = kl.topk(4)
+    worst = fidelity.worst(4)
+    assert [entry["position"] for entry in worst] == places.tolist()
+    for entry, value, place in zip(worst, values, places, strict=True):
+        assert entry["kl"] == pytest.approx(value.item())
+        for name, logs in (("model", log_p), ("file", log_q)):
+            top = logs[place].max(-1)
+            assert entry[f"{name}_top"] == top.indices.item()
+            assert entry[f"{name}_probability"] == pytest.approx(top.values.exp().item())
+
+
 def test_perplexity_ratio_error_is_the_spread_over_resamples(pair) -> None:
     """The bootstrap knows nothing of the delta method."""
     reference, logits, following = pair
