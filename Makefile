@@ -2,6 +2,7 @@
 # make test    set up .venv and run all tests
 # make bench   set up .venv and run the benchmarks to benchmark-results/ (half an hour)
 # make check   format, lint, types, import rules
+# make docs    build the site of docs/ into site/
 # make clean   remove what was computed; make distclean removes .venv, too
 
 RECIPE ?= recipes/smollm2-135m-to-99m.yaml
@@ -12,7 +13,7 @@ ENVIRONMENT := $(VENV)/.complete
 
 BENCHMARKS := step loss harness_overhead mlc_speed tinyswallow_shape
 
-.PHONY: ship test bench check environment clean distclean
+.PHONY: ship test bench check docs environment clean distclean
 
 ship: environment
 	$(BIN)/martlet ship $(RECIPE)
@@ -29,6 +30,9 @@ check: environment
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: environment
+	$(BIN)/mkdocs build --strict
+
 environment: $(ENVIRONMENT)
 
 # constraints.txt is the whole lock, so nothing is left for pip to resolve: --no-deps, then a check that the
@@ -44,7 +48,7 @@ $(ENVIRONMENT): pyproject.toml constraints.txt .ci/lean_llama_cpp.cmake export/c
 	touch $@
 
 clean:
-	rm -rf store release release-smoke logs benchmark-results .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf site store release release-smoke logs benchmark-results .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 distclean: clean
 	rm -rf $(VENV) *.egg-info

@@ -225,6 +225,29 @@ def validate(
 
 
 @app.command()
+def compare_releases(
+    first: Annotated[Path, typer.Argument(help="Release folder.")],
+    second: Annotated[Path, typer.Argument(help="Release folder.")],
+    output: Annotated[Path, typer.Option(help="Folder of the page and its JSON.")] = Path(
+        "release-comparison"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Put two releases side by side on one page.
+
+    Example: martlet compare-releases release release.previous-1
+    """
+    from pipeline import compare_releases as comparison
+
+    facts = comparison.run(first, second)
+    files = comparison.write(facts, output)
+    if as_json:
+        print(json.dumps({"files": [str(path) for path in files], "recipe": facts["recipe"]}))
+    else:
+        print(f"Page: {files[1]}")
+
+
+@app.command()
 def chat(
     model: Annotated[
         Path,

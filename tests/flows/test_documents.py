@@ -5,6 +5,7 @@ import shlex
 import typing
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -39,7 +40,7 @@ def test_the_guide_lists_exactly_the_keys_of_a_recipe() -> None:
 
 def test_the_guide_lists_every_command() -> None:
     commands = set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
-    assert set(re.findall(r"^\| `martlet ([a-z]+)", GUIDE, flags=re.MULTILINE)) == commands
+    assert set(re.findall(r"^\| `martlet ([a-z-]+)", GUIDE, flags=re.MULTILINE)) == commands
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
@@ -70,3 +71,59 @@ def test_every_package_is_pinned_exactly() -> None:
     first, *pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     assert first.startswith("#")
     assert all(len(shlex.split(pin)) == 1 and re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins)
+
+
+PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
+
+
+def blocks(language: str) -> list[Any]:
+    """The fenced blocks of a language on all pages, each named by its page and place."""
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for number, block in enumerate(
+            re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        ):
+            found.append(pytest.param(block, id=f"{page.relative_to(ROOT)}-{number}"))
+    return found
+
+
+@pytest.mark.parametrize("block", blocks("python"))
+def test_python_of_the_pages_runs(block: str) -> None:
+    exec(compile(block, "page", "exec"), {"__name__": "page"})
+
+
+@pytest.mark.parametrize("block", blocks("yaml"))
+def test_yaml_of_the_pages_is_a_recipe_or_a_part_of_one(block: str, tmp_path: Path) -> None:
+    values = yaml.safe_load(block)
+    if "name" in values:
+        (tmp_path / "recipe.yaml").write_text(block, encoding="utf-8")
+        load_recipe(tmp_path / "recipe.yaml")
+        return
+    keys = set(recipe_keys(Recipe))
+
+    def named(value: Any, prefix: str) -> set[str]:
+        if not isinstance(value, dict):
+            return {prefix}
+        return {key for name, inner in value.items() for key in named(inner, f"{prefix}.{name}".lstrip("."))}
+
+    assert named(values, "") <= keys
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_of_the_pages_exist(page: Path) -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    text = page.read_text(encoding="utf-8")
+    for block in re.findall(r"^```(?:sh)?\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.startswith("martlet "):
+                name, *arguments = shlex.split(line, comments=True)[1:]
+                commands[name].make_context(name, arguments)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_of_the_pages_lead_somewhere(page: Path) -> None:
+    generated = {"reference", "examples"}
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
+        path = (page.parent / target).resolve()
+        assert path.exists() or path.parent.name in generated, target

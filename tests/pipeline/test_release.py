@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from huggingface_hub import ModelCard
 from release_artifacts import edit_json, example_artifacts, example_recipe, example_stage_times
@@ -124,6 +125,17 @@ def test_manifest_lists_every_file_with_what_it_is_and_comes_from(made: Made, re
     assert Recipe.model_validate(manifest["recipe"]) == made.recipe
     assert manifest["packages"]["torch"]
     assert manifest["schema"] == "martlet-manifest-1"
+
+
+def test_manifest_follows_its_schema(released: Path) -> None:
+    path = Path(release.__file__).parent / "schemas" / "manifest.schema.json"
+    schema = json.loads(path.read_text(encoding="utf-8"))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    manifest = manifest_of(released)
+    assert [error.message for error in validator.iter_errors(manifest)] == []
+    manifest["files"]["report.html"]["sha256"] = "short"
+    assert not validator.is_valid(manifest)
 
 
 def test_identical_inputs_give_identical_bytes(made: Made, released: Path, tmp_path: Path) -> None:

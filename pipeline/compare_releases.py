@@ -1,0 +1,230 @@
+"""Two releases side by side: what differs in recipe and inputs, quality, size and speed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import altair
+from markupsafe import Markup
+
+from pipeline.artifacts import write_json
+from pipeline.errors import UserError
+from pipeline.report import BLUE, ORANGE, SCHEMA, page_environment, svg
+
+COMPARISON_SCHEMA = "martlet-release-comparison-1"
+PAGE = "comparison.html"
+FACTS = "comparison.json"
+TITLE = "Mean KL to its own model against size of every file. Lower and further left is better"
+
+MEASURES = {
+    "parameters": "parameters",
+    "kl_before": "KL to the teacher before distillation",
+    "kl_after": "KL to the teacher after distillation",
+    "cross_entropy_after": "cross-entropy after distillation",
+    "tokens": "distillation tokens",
+    "assistant_cross_entropy": "cross-entropy of assistant tokens after tuning",
+}
+
+
+def run(first: Path, second: Path) -> dict[str, Any]:
+    """What two releases have in common and what not.
+
+    Args:
+        first, second: release folders.
+
+    Returns:
+        ``releases`` [{folder, name}], ``measures`` {measure: [value, value]}, ``files`` [{format,
+        quantization, bytes, mean_kl, same_top, decode_tokens_per_s: [value or None, value or None]}],
+        ``recipe`` {key: [value, value]} of keys that differ, ``results`` {role: "same" | "differs" | "only in
+        the first" | "only in the second"}, ``conversations`` [{prompt, answers: [text, text]}] of prompts
+        that both answered, ``packages`` {name: [version, version]} that differ.
+
+    Raises:
+        UserError: a folder holds no report of martlet.
+    """
+    folders = [Path(first), Path(second)]
+    reports = [_read(folder) for folder in folders]
+    recipes = [_flat(report["recipe"]) for report in reports]
+    lineages = [report["lineage"] for report in reports]
+    talks = [{talk["prompt"]: talk["after"] for talk in report["conversations"]} for report in reports]
+    return {
+        "schema": COMPARISON_SCHEMA,
+        "releases": [
+            {"folder": str(folder), "name": report["name"]}
+            for folder, report in zip(folders, reports, strict=True)
+        ],
+        "measures": _pairs([_measures(report) for report in reports]),
+        "files": _files(reports),
+        "recipe": {key: pair for key, pair in _pairs(recipes).items() if pair[0] != pair[1]},
+        "results": {
+            role: _relation(*(lineage.get(role, {}).get("digest") for lineage in lineages))
+            for role in _pairs(lineages)
+        },
+        "conversations": [
+            {"prompt": prompt, "answers": [talk[prompt] for talk in talks]}
+            for prompt in talks[0]
+            if prompt in talks[1]
+        ],
+        "packages": {
+            name: pair
+            for name, pair in _pairs([report["packages"] for report in reports]).items()
+            if pair[0] != pair[1]
+        },
+    }
+
+
+def write(facts: dict[str, Any], folder: Path) -> tuple[Path, Path]:
+    """Writes ``comparison.json`` and the page ``comparison.html``; returns their paths.
+
+    Args:
+        facts: result of ``run``.
+        folder: is made where it is missing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / FACTS, facts)
+    page = folder / PAGE
+    partial = page.with_name(page.name + ".partial")
+    partial.write_text(render(facts), encoding="utf-8")
+    partial.replace(page)
+    return folder / FACTS, page
+
+
+def render(facts: dict[str, Any]) -> str:
+    """The page, one HTML file without script and without any request, in the style of a release's report."""
+    return (
+        page_environment()
+        .get_template("release_comparison.html.jinja")
+        .render(facts=facts, chart=_chart(facts), title=TITLE, measures=MEASURES, labels=_labels(facts))
+    )
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / "report.json"
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); give the folder of a release.") from None
+    if not isinstance(report, dict) or report.get("schema") != SCHEMA:
+        raise UserError(f"{path}: is no report of this version of martlet; give the folder of a release.")
+    return report
+
+
+def _measures(report: dict[str, Any]) -> dict[str, Any]:
+    held_out = report["distillation"]["held_out"]
+    return {
+        "parameters": report["student"]["parameters"],
+        "kl_before": held_out["kl_before"],
+        "kl_after": held_out["kl_after"],
+        "cross_entropy_after": held_out["student_cross_entropy_after"],
+        "tokens": report["distillation"]["tokens"],
+        "assistant_cross_entropy": report["instruct"]["after"]["assistant_cross_entropy"],
+    }
+
+
+def _files(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Files of the same format and quantization, in the order of the first release, then of the second."""
+    found: list[dict[tuple[str, str], dict[str, Any]]] = []
+    for report in reports:
+        speed = {entry["file"]: entry["decode_tokens_per_s"] for entry in report["device"]}
+        found.append(
+            {
+                (entry["format"], entry["quantization"]): {
+                    "bytes": entry["bytes"],
+                    "mean_kl": entry["mean_kl"],
+                    "same_top": entry["same_top"],
+                    "decode_tokens_per_s": speed.get(entry["file"]),
+                }
+                for entry in report["fidelity"]
+            }
+        )
+    keys = ("bytes", "mean_kl", "same_top", "decode_tokens_per_s")
+    return [
+        {
+            "format": name[0],
+            "quantization": name[1],
+            **{key: [files.get(name, {}).get(key) for files in found] for key in keys},
+        }
+        for name in dict.fromkeys([*found[0], *found[1]])
+    ]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """{"distill.t_start": 0.4, ...} of a recipe; lists stay whole."""
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flat(inner, f"{prefix}.{key}" if prefix else key)
+    return flat
+
+
+def _pairs(mappings: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """{key: [value in the first, value in the second]}, None where a key is missing."""
+    return {
+        key: [mapping.get(key) for mapping in mappings] for key in dict.fromkeys([*mappings[0], *mappings[1]])
+    }
+
+
+def _relation(first: str | None, second: str | None) -> str:
+    if first is None:
+        return "only in the second"
+    if second is None:
+        return "only in the first"
+    return "same" if first == second else "differs"
+
+
+def _labels(facts: dict[str, Any]) -> list[str]:
+    """The releases' names, made different where they are the same."""
+    names = [str(release["name"]) for release in facts["releases"]]
+    return [f"{names[0]} (1)", f"{names[1]} (2)"] if names[0] == names[1] else names
+
+
+def _chart(facts: dict[str, Any]) -> Markup | None:
+    labels = _labels(facts)
+    values = [
+        {
+            "release": labels[number],
+            "megabytes": file["bytes"][number] / 1e6,
+            # The axis is logarithmic; what is below this is rounding of float32.
+            "mean_kl": max(file["mean_kl"][number], 1e-8),
+            "name": file["quantization"],
+            "first": number == 0,
+        }
+        for file in facts["files"]
+        for number in (0, 1)
+        if file["bytes"][number] is not None and file["mean_kl"][number] is not None
+    ]
+    if not values:
+        return None
+    legend = altair.Legend(title=None, orient="top", labelLimit=300)
+    base = altair.Chart(altair.Data(values=values)).encode(
+        x=altair.X(
+            "megabytes:Q",
+            title="size, MB",
+            scale=altair.Scale(type="log", nice=False, padding=56),
+            axis=altair.Axis(tickCount=6, format=",.3~r"),
+        ),
+        y=altair.Y(
+            "mean_kl:Q",
+            title="mean KL, nats",
+            scale=altair.Scale(type="log", padding=14),
+            axis=altair.Axis(tickCount=5, format=".0e"),
+        ),
+    )
+    marks = base.mark_point(size=80, filled=True, opacity=1).encode(
+        color=altair.Color(
+            "release:N", scale=altair.Scale(domain=labels, range=[BLUE, ORANGE]), legend=legend
+        ),
+        shape=altair.Shape(
+            "release:N", scale=altair.Scale(domain=labels, range=["circle", "diamond"]), legend=legend
+        ),
+    )
+    text = altair.Text("name:N")
+    left = base.transform_filter("datum.first").mark_text(
+        align="right", dx=-9, fontSize=12, color="currentColor"
+    )
+    right = base.transform_filter("!datum.first").mark_text(
+        align="left", dx=9, fontSize=12, color="currentColor"
+    )
+    layers = altair.LayerChart(layer=[marks, left.encode(text=text), right.encode(text=text)])
+    return svg(layers.properties(width=560, height=320), TITLE)
