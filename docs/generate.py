@@ -67,7 +67,9 @@ def commands() -> str:
             if parameter.name == "help":
                 continue
             is_argument = parameter.param_type_name == "argument"
-            names = (parameter.metavar or parameter.name.upper()) if is_argument else ", ".join(parameter.opts)
+            names = (
+                (parameter.metavar or parameter.name.upper()) if is_argument else ", ".join(parameter.opts)
+            )
             default = "" if parameter.default in (None, False, ...) else f"`{parameter.default}`"
             if parameter.required:
                 default = "required"
