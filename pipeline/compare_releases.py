@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from pipeline.artifacts import write_json
 from pipeline.errors import UserError
-from pipeline.report import BLUE, ORANGE, SCHEMA, page_environment, svg
+from pipeline.report import BLUE, ORANGE, SCHEMA, SMALLEST_KL, page_environment, svg
 
 COMPARISON_SCHEMA = "martlet-release-comparison-1"
 PAGE = "comparison.html"
@@ -185,8 +185,8 @@ def _chart(facts: dict[str, Any]) -> Markup | None:
         {
             "release": labels[number],
             "megabytes": file["bytes"][number] / 1e6,
-            # The axis is logarithmic; what is below this is rounding of float32.
-            "mean_kl": max(file["mean_kl"][number], 1e-8),
+            # The axis is logarithmic; what is below this is rounding, not quantization.
+            "mean_kl": max(file["mean_kl"][number], SMALLEST_KL),
             "name": file["quantization"],
             "first": number == 0,
         }

@@ -21,11 +21,13 @@ SCHEMA = "martlet-report-1"
 FORMATS = ("gguf", "mlc", "onnx")
 BLUE, ORANGE, TEAL = "#3b82c4", "#c96a1e", "#1f9483"
 """At least three to one against the page's paper, light and dark."""
+SMALLEST_KL = 1e-5
 TITLES = {
     "loss": "Training loss of each step. Objectives measure different things: compare shapes, not heights",
     "held_out_kl": "KL to the teacher during training, on a part of the held-out text",
     "t": "TAID's interpolation t of each step: 0 is the student itself, 1 the teacher",
-    "fidelity": "Mean KL to the model against size. Lower and further left is better",
+    "fidelity": "Mean KL to the model against size. Lower and further left is better; below 1e-5 it is drawn "
+    "at 1e-5",
     "speed": "Decode speed against size. Higher and further left is better",
     "pareto": "Size, mean KL and decode speed: the larger a mark, the faster the file. The line joins those "
     "that no other beats in both size and KL",
@@ -267,8 +269,8 @@ def charts(facts: dict[str, Any]) -> dict[str, Markup]:
             "quantization": entry["quantization"],
             "format": entry["format"],
             "megabytes": entry["bytes"] / 1e6,
-            # The axis is logarithmic; what is below this is rounding of float32.
-            "mean_kl": None if entry["mean_kl"] is None else max(entry["mean_kl"], 1e-8),
+            # The axis is logarithmic; what is below this is rounding, not quantization.
+            "mean_kl": None if entry["mean_kl"] is None else max(entry["mean_kl"], SMALLEST_KL),
             "speed": speed.get(entry["file"]),
         }
         for entry in facts["fidelity"]
@@ -375,7 +377,7 @@ def _pareto(files: list[dict[str, Any]]) -> altair.LayerChart | None:
     x = altair.X(
         "megabytes:Q",
         title="size, MB",
-        scale=altair.Scale(type="log", nice=False, padding=56),
+        scale=altair.Scale(type="log", nice=False, padding=125),
         axis=altair.Axis(tickCount=6, format=",.3~r"),
     )
     y = altair.Y(
@@ -402,9 +404,9 @@ def _pareto(files: list[dict[str, Any]]) -> altair.LayerChart | None:
     ]
     base = altair.Chart(altair.Data(values=values)).encode(x=x, y=y)
     fastest = max(entry["speed"] for entry in files)
-    marks = base.mark_circle(opacity=0.85).encode(
+    marks = base.mark_circle(opacity=0.8).encode(
         size=altair.Size(
-            "speed:Q", scale=altair.Scale(domain=[0, fastest], range=[20, 420], zero=True), legend=None
+            "speed:Q", scale=altair.Scale(domain=[0, fastest], range=[20, 300], zero=True), legend=None
         ),
         color=altair.Color(
             "format:N",
@@ -420,7 +422,7 @@ def _pareto(files: list[dict[str, Any]]) -> altair.LayerChart | None:
     )
     name = altair.Text("label:N")
     layers = altair.LayerChart(layer=[line, marks, left.encode(text=name), right.encode(text=name)])
-    return layers.properties(width=560, height=330)
+    return layers.properties(width=620, height=360)
 
 
 def svg(chart: altair.Chart | altair.LayerChart | altair.FacetChart, title: str) -> Markup:

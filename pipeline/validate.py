@@ -67,8 +67,12 @@ def run(
         for number, entry in enumerate(entries):
             label = f"validate {entry['format']} {entry['quantization']}"
             store.report(Progress(label.replace(" ", ": ", 1), number, len(entries), "files"))
-            request = {"file": str(exported.path / entry["path"]), "reference": str(reference.path)}
-            request |= {"threads": recipe.threads, "prompts": prompts}
+            request: dict[str, Any] = {
+                "file": str(exported.path / entry["path"]),
+                "reference": str(reference.path),
+                "threads": recipe.threads,
+                "prompts": prompts,
+            }
             problem, measured = _worker(request, work, store, label)
             thresholds = recipe.validate_.thresholds.get(entry["quantization"], recipe.validate_.default)
             name = Path(entry["path"]).name
