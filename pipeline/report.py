@@ -216,7 +216,7 @@ def talks(facts: dict[str, Any]) -> list[dict[str, Any]]:
     for number, talk in enumerate(facts["conversations"]):
         said: dict[str, list[str]] = {talk["after"]: ["student after"]}
         for entry in facts["fidelity"]:
-            answers = entry.get("answers")
+            answers = entry.get("said")
             if answers is not None and number < len(answers):
                 said.setdefault(answers[number], []).append(f"{entry['format']} {entry['quantization']}")
         answers = [("teacher", talk["teacher"]), ("student before instruction tuning", talk["before"])]

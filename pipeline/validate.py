@@ -39,7 +39,7 @@ NOT_MEASURED: dict[str, Any] = dict.fromkeys(
         "decode_kl",
         "tokens",
         "worst",
-        "answers",
+        "said",
     )
 )
 """What a file's entry says of measurements when the file could not be run."""

@@ -202,7 +202,7 @@ def _leading(ids: list[int], bos_token_id: int | None) -> int:
 
 def main() -> int:
     """Reads the request {reference, threads} and {model, rows} or {file, prompts}; writes the result of
-    ``judge`` and the file's ``answers``.
+    ``judge`` and, as ``said``, the file's ``answers``.
     Exit code 2 and a sentence on stderr if the file fails to run."""
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     folder = Path(request["reference"])
@@ -216,7 +216,7 @@ def main() -> int:
         context_length = max(longest, min(longest + SAMPLE_TOKENS, reference["context_length"]))
         runtime = open_runtime(Path(request["file"]), request["threads"], context_length)
         judged = judge(runtime, reference, logits_of)
-        write_json(Path(sys.argv[2]), {**judged, "answers": answers(runtime, request["prompts"])})
+        write_json(Path(sys.argv[2]), {**judged, "said": answers(runtime, request["prompts"])})
     except ExportError as error:
         print(error, file=sys.stderr)
         return 2
