@@ -229,7 +229,7 @@ def _add_format(add: Any, format: str, entries: list[tuple[str, str, str, int, f
                         "file_probability": 0.22,
                     }
                 ],
-                "answers": [
+                "said": [
                     "Rain is water that falls from the sky." + (" Sky sky." if kl > 0.1 else ""),
                     "Red.",
                 ],
