@@ -106,6 +106,12 @@ def test_good_files_pass_and_the_reference_is_made_once(inputs: Any) -> None:
         assert entry["runtime"] == "llama.cpp"
         # Two rows of 64 tokens and a chat, the last token of each has no successor.
         assert entry["tokens"] > TOKENS - 2
+        worst = [position["kl"] for position in entry["worst"]]
+        assert worst == sorted(worst, reverse=True)
+        assert worst[0] == entry["max_kl"]
+        assert all(position["text"] for position in entry["worst"])
+        assert len(entry["said"]) == 1
+        assert entry["answers"] > len(entry["said"])  # how many fixed answers the gate of ends looks at
     assert 0 < entries[0]["mean_kl"] < entries[1]["mean_kl"] < 0.01
     validate.require_passed([artifact])
     # Another threshold judges anew, but does not run the model in torch again.
