@@ -95,7 +95,7 @@ def check(recipe: RecipePath = DEFAULT_RECIPE, as_json: AsJson = False) -> None:
 @app.command()
 def plan(
     recipe: RecipePath = DEFAULT_RECIPE,
-    devices: Annotated[int, typer.Option(min=1, help="Accelerators that share the work.")] = 1,
+    devices: Annotated[int, typer.Option(help="Accelerators that share the work.")] = 1,
     precision: Annotated[str | None, typer.Option(help="bf16 (float32 master weights) or fp32.")] = None,
     device_memory: Annotated[float | None, typer.Option(help="GB of one device, to say what fits.")] = None,
     tflops: Annotated[float | None, typer.Option(help="Sustained TFLOP/s of one device.")] = None,
@@ -111,6 +111,8 @@ def plan(
 
     if precision not in (None, "bf16", "fp32"):
         raise UserError(f"--precision: there is no {precision!r}; choose bf16 or fp32.")
+    if devices < 1:
+        raise UserError(f"--devices: {devices} devices run nothing; give 1 or more.")
     for option, number in (("--tflops", tflops), ("--tokens-per-second", tokens_per_second)):
         if number is not None and number <= 0:
             raise UserError(f"{option}: {number} is no throughput; give a number above 0.")
