@@ -1,6 +1,5 @@
 """``martlet compare`` and ``martlet plan`` as a user calls them."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,28 +47,3 @@ def test_wrong_options_end_in_one_sentence(
     assert "Traceback" not in err
     assert not (tmp_path / "store").exists()
     assert not (tmp_path / "comparison").exists()
-
-
-def test_compare(martlet: Call, tiny_recipe: dict[str, Any], write_recipe: Write, tmp_path: Path) -> None:
-    recipe = write_recipe(tiny_recipe)
-    arguments = ("--objectives", "forward_kl", "--schedule", "t_start=0.2", "--tokens", "128")
-    folders = ("--store", tmp_path / "store", "--output", tmp_path / "comparison")
-    code, out, err = martlet("compare", recipe, *arguments, *folders, "--json")
-    assert code == 0, err
-    result = json.loads(out.splitlines()[-1])
-    assert {entry["label"] for entry in result["contenders"]} == {"forward_kl", "taid: t_start 0.2"}
-    assert all(Path(file).is_file() for file in result["files"])
-    code, out, err = martlet("compare", recipe, *arguments, *folders)
-    assert code == 0, err
-    assert "student before" in out
-    assert "forward_kl" in out
-
-
-def test_plan(martlet: Call, tiny_recipe: dict[str, Any], write_recipe: Write, tmp_path: Path) -> None:
-    code, out, err = martlet(
-        "plan", write_recipe(tiny_recipe), "--tokens-per-second", "64", "--device-memory", "1"
-    )
-    assert code == 0, err
-    assert "parameters" in out
-    assert "fits in 1 GB" in out
-    assert not (tmp_path / "store").exists()
