@@ -105,7 +105,6 @@ def minimal_onnx(file: Path, threads: int, context: int) -> Decode:
             binding.bind_ortvalue_input(value.name, cache)
             binding.bind_ortvalue_output(value.name.replace("past_key_values.", "present."), cache)
     names = {value.name for value in session.get_inputs()}
-    binding.bind_output("logits")
     # The graph reads the length of the past from the mask.
     masks = [value_of(np.ones((1, length), np.int64)) for length in range(1, context + 1)]
 
@@ -121,7 +120,9 @@ def minimal_onnx(file: Path, threads: int, context: int) -> Decode:
         return int(binding.get_outputs()[-1].numpy()[0, -1].argmax())
 
     def decode(prompt: list[int], generated: int) -> tuple[common.Sample, list[int]]:
+        binding.bind_output("logits")  # ONNX Runtime keeps its memory for as long as the shape stays
         token_id = run(prompt, 0)
+        binding.bind_output("logits")
         new_ids: list[int] = []
 
         def loop() -> int:

@@ -61,7 +61,7 @@ def test_the_readme_shows_the_literal_command() -> None:
     assert "\nprefect deployment run distill-and-ship\n" in README
 
 
-@pytest.mark.parametrize("target", ["ship", "test", "check", "clean"])
+@pytest.mark.parametrize("target", ["ship", "test", "bench", "check", "clean"])
 def test_make_has_the_verbs(target: str) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
