@@ -14,6 +14,7 @@ import numpy as np
 from export.errors import ExportError
 from export.processes import Finished, run_logged
 from export.quantizations import GGUF as QUANTIZATIONS
+from export.quantizations import GGUF_UNWEIGHTED
 
 CONVERTED = ("f16", "bf16")
 """Those that the converter writes itself."""
@@ -44,7 +45,8 @@ def export_gguf(
         name: first part of the file names.
         quantizations: keys of ``QUANTIZATIONS``.
         importance_matrix: for each GGUF tensor name (``blk.0.attn_q.weight``) the mean square of what each of
-            its columns is multiplied with, float32 [columns]; weighs the rounding errors of quantization.
+            its columns is multiplied with, float32 [columns] (``export.importance`` measures it); weighs the
+            rounding errors of every quantization below q8_0.
         pre_tokenizer: llama.cpp's name of the pre-tokenizer, for one that the converter does not recognise.
         metadata: keys of a hub model card that belong into the file (``license``, ``base_model``,
             ``language``, ``tags``), in place of those of the folder's own README.md.
@@ -101,9 +103,8 @@ def export_gguf(
             source = convert("f16")
             report(f"gguf: quantizing to {quantization}")
             path = files / f"{name}-{quantization}.gguf"
-            quantize_gguf(
-                source, path, quantization, importance_matrix=importance_matrix, threads=threads, log=log
-            )
+            matrix = None if quantization in GGUF_UNWEIGHTED else importance_matrix
+            quantize_gguf(source, path, quantization, importance_matrix=matrix, threads=threads, log=log)
             check_gguf(path, model_dir, config, weights)
         if output_dir.exists():
             output_dir.rmdir()

@@ -17,6 +17,9 @@ GGUF: dict[str, str] = {
 }
 """Names of quantizations and llama.cpp's constants for them."""
 
+GGUF_UNWEIGHTED = ("f16", "bf16", "q8_0")
+"""Those that an importance matrix does not change."""
+
 MLC: dict[str, tuple[str, bool]] = {
     "q4f32_1": ("float32", True),
     "q4f16_1": ("float16", True),

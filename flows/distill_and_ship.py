@@ -21,6 +21,7 @@ from pipeline import (
     distill,
     exports,
     hidden_states,
+    importance_matrix,
     instruct,
     prepare,
     pretrain,
@@ -152,9 +153,15 @@ def distill_and_ship(
     made["instruct"] = step(instruct.run, "instruct")(shelf, plan, made["teacher"], base, made["chats"])
 
     formats = [name for name in exports.FORMATS if getattr(plan.export, name)]
+    if importance_matrix.wanted(plan):
+        made["importance_matrix"] = step(importance_matrix.run, "importance matrix")(
+            shelf, plan, made["instruct"], made["text"]
+        )
     exporting = {}
     for name in formats:
-        exporting[name] = step(exports.run, f"export {name}").submit(shelf, plan, made["instruct"], name)
+        exporting[name] = step(exports.run, f"export {name}").submit(
+            shelf, plan, made["instruct"], name, made.get("importance_matrix")
+        )
         if not fits_beside(made["instruct"]):
             exporting[name].wait()
     made |= {name: future.result() for name, future in exporting.items()}

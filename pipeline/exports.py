@@ -1,37 +1,53 @@
 """Exports of the tuned student, one artifact a format."""
 
+import json
 from pathlib import Path
+from typing import Any
+
+from safetensors.numpy import load_file
 
 from export.errors import ExportError
 from export.gguf import export_gguf, tensor_kinds, tensor_types
+from export.importance import gguf_importance
 from export.mlc import export_mlc
 from export.onnx import export_onnx
+from export.quantizations import GGUF_UNWEIGHTED
 from pipeline.artifacts import Artifact, Store, write_json
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 
 VERSION = 3
 FORMATS = ("gguf", "mlc", "onnx")
+UNQUANTIZED = {"gguf": "f16", "mlc": "q0f32", "onnx": "fp32"}
+"""What a format's quantized files are made from, or would be if each were made in two steps."""
 
 
-def run(store: Store, recipe: Recipe, instruct: Artifact, format: str) -> Artifact:
+def run(
+    store: Store, recipe: Recipe, instruct: Artifact, format: str, importance: Artifact | None = None
+) -> Artifact:
     """Exports to one format, in every quantization that the recipe lists for it.
+
+    Args:
+        importance: artifact of ``pipeline.importance_matrix``; of the formats only GGUF uses it.
 
     Returns:
         ``files/`` (for MLC one folder a quantization below it) and ``files.json``: [{path, format,
-        quantization, bytes, tensor_types, tensor_kinds}], where path, relative to the artifact, is what
-        ``export.runtime.open_runtime`` opens.
+        quantization, bytes, tensor_types, tensor_kinds, importance_matrix}], where path, relative to the
+        artifact, is what ``export.runtime.open_runtime`` opens, and importance_matrix whether one weighed
+        the quantization.
 
     Raises:
         UserError: the format cannot hold this model; the sentence says why.
     """
     name = f"{recipe.name}-Instruct"
     model_dir = instruct.path / "model"
+    importance = importance if format == "gguf" else None
 
     def make(output: Path, work: Path) -> None:
         files = output / "files"
         try:
             if format == "gguf":
+                matrix = None if importance is None else read_importance(importance, model_dir)
                 metadata = {
                     "license": recipe.teacher.licence.lower(),
                     "base_model": recipe.teacher.model,
@@ -42,6 +58,7 @@ def run(store: Store, recipe: Recipe, instruct: Artifact, format: str) -> Artifa
                     files,
                     name.lower(),
                     recipe.export.gguf,
+                    importance_matrix=matrix,
                     pre_tokenizer=recipe.export.pre_tokenizer,
                     metadata=metadata,
                     threads=recipe.threads,
@@ -78,6 +95,7 @@ def run(store: Store, recipe: Recipe, instruct: Artifact, format: str) -> Artifa
                     "bytes": size_of(path),
                     "tensor_types": tensor_types(path) if format == "gguf" else None,
                     "tensor_kinds": tensor_kinds(path) if format == "gguf" else None,
+                    "importance_matrix": importance is not None and quantization not in GGUF_UNWEIGHTED,
                 }
                 for path, quantization in zip(paths, quantizations, strict=True)
             ],
@@ -89,7 +107,45 @@ def run(store: Store, recipe: Recipe, instruct: Artifact, format: str) -> Artifa
         **({"pre_tokenizer": recipe.export.pre_tokenizer} if format == "gguf" else {}),
         **({"licence": recipe.teacher.licence, "base": recipe.teacher.model} if format == "gguf" else {}),
     }
-    return store.get_or_make(f"export_{format}", VERSION, parameters, {"instruct": instruct}, make)
+    inputs: dict[str, Artifact | str] = {"instruct": instruct}
+    if importance is not None:
+        inputs["importance_matrix"] = importance
+    return store.get_or_make(f"export_{format}", VERSION, parameters, inputs, make)
+
+
+def read_importance(importance: Artifact, model_dir: Path) -> dict[str, Any]:
+    """The importance matrix under the names of GGUF tensors.
+
+    Raises:
+        ExportError: the model's tensors have no known names there.
+    """
+    return gguf_importance(load_file(importance.path / "importance.safetensors"), model_dir)
+
+
+def unquantized(
+    store: Store, recipe: Recipe, instruct: Artifact, exported: Artifact, format: str, folder: Path
+) -> Path:
+    """What a format's files would be without quantization: the exported one, or else one that is made now.
+
+    Args:
+        folder: receives it, where it must be made; must not exist.
+
+    Raises:
+        ExportError: it cannot be made.
+    """
+    for entry in json.loads((exported.path / "files.json").read_text(encoding="utf-8")):
+        if entry["quantization"] == UNQUANTIZED[format]:
+            return exported.path / entry["path"]
+    store.report(
+        f"validate: exporting to {UNQUANTIZED[format]}, to tell the format's loss from quantization's"
+    )
+    model_dir, name, threads = instruct.path / "model", recipe.name, recipe.threads
+    if format == "gguf":
+        named = recipe.export.pre_tokenizer
+        return export_gguf(model_dir, folder, name, ["f16"], pre_tokenizer=named, threads=threads)[0]
+    if format == "onnx":
+        return export_onnx(model_dir, folder, name, ["fp32"], threads=threads)[0]
+    return export_mlc(model_dir, folder, name, "q0f32")
 
 
 def size_of(path: Path) -> int:

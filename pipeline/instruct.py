@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig
@@ -14,13 +15,16 @@ from export.torch_runtime import TorchRuntime
 from pipeline.artifacts import Artifact, Store, write_json
 from pipeline.chat_template import render_with_mask
 from pipeline.conversations import SAMPLE_TOKENS, held_out_prompts
+from pipeline.fidelity import Fidelity
 from pipeline.models import load_model, load_tokenizer, save_model
 from pipeline.recipe import Recipe
 from pipeline.training import ProgressLines, curve_of, train, training_values
 from taid import LiveTeacher, TaidError, evaluate_distillation, freeze_embeddings
 
 STAGE = "instruct"
-VERSION = 1
+VERSION = 2
+MERGE_ROWS = 4
+"""Held-out chats over which a merged adapter is compared with the adapter itself."""
 
 
 def run(store: Store, recipe: Recipe, teacher: Artifact, student: Artifact, chats: Artifact) -> Artifact:
@@ -28,7 +32,7 @@ def run(store: Store, recipe: Recipe, teacher: Artifact, student: Artifact, chat
 
     Returns:
         ``model/``, ``curve.json``, ``evaluation.json`` {before, after: {assistant_cross_entropy,
-        kl_to_teacher, tokens}} on held-out chats, and ``conversations.json``: greedy answers of teacher,
+        kl_to_teacher, tokens} on held-out chats; merge: ``loss_of_merging``, null without adapters} and ``conversations.json``: greedy answers of teacher,
         student before and student after to held-out prompts, as they are.
 
     Raises:
@@ -83,13 +87,16 @@ def run(store: Store, recipe: Recipe, teacher: Artifact, student: Artifact, chat
         )
         train(trainer, work, "instruct")
         adapted: Any = trainer.model
+        rows = [input_ids for input_ids, _ in held_out[:MERGE_ROWS]] if lora is not None else []
+        unmerged = [logits_of(adapted, row) for row in rows]
         tuned = adapted.merge_and_unload() if lora is not None else model
+        merge = loss_of_merging(tuned, rows, unmerged) if lora is not None else None
         tuned.requires_grad_(True)
         store.report("instruct: evaluating on held-out chats after")
         after = evaluate(tuned, reference, held_out)
         save_model(tuned, tokenizer, output / "model", generation_config)
         write_json(output / "curve.json", curve_of(trainer.state.log_history))
-        write_json(output / "evaluation.json", {"before": before, "after": after})
+        write_json(output / "evaluation.json", {"before": before, "after": after, "merge": merge})
         del trainer, model, tuned, reference
         prompts = held_out_prompts(chats.path / "held_out.jsonl")
         folders = {
@@ -155,6 +162,27 @@ def evaluate(
         "teacher_cross_entropy": sums["teacher_cross_entropy"] / max(count, 1),
         "tokens": count,
     }
+
+
+@torch.no_grad()
+def logits_of(model: Any, input_ids: list[int]) -> np.ndarray:
+    """Logits ``[T, V]`` of a row, float32."""
+    model.eval()
+    return model(torch.tensor([input_ids]), use_cache=False).logits[0].float().numpy()
+
+
+def loss_of_merging(merged: Any, rows: list[list[int]], unmerged: list[np.ndarray]) -> dict[str, float]:
+    """``Fidelity.statistics`` of a model with its adapter merged against the model and adapter apart.
+
+    Args:
+        merged: the model after merging.
+        rows: token ids of texts.
+        unmerged: ``logits_of`` those before merging.
+    """
+    fidelity = Fidelity()
+    for row, expected in zip(rows, unmerged, strict=True):
+        fidelity.add(expected[:-1], logits_of(merged, row)[:-1], np.array(row[1:]))
+    return fidelity.statistics()
 
 
 def greedy_answers(

@@ -15,6 +15,10 @@ from pipeline.errors import UserError
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
 
 
+CALIBRATION = "calibration"
+"""``export.importance_matrix`` for the recipe's own calibration split."""
+
+
 class Section(BaseModel):
     """A part of the recipe; unknown keys are errors."""
 
@@ -183,6 +187,12 @@ class Export(Section):
         description="llama.cpp's name of the pre-tokenizer, for one that its converter does not recognise.",
     )
 
+    importance_matrix: str | None = Field(
+        None,
+        description="Text that weighs the rounding errors of GGUF quantizations below q8_0: calibration for "
+        "the recipe's own calibration split, or a text file; without it none is used.",
+    )
+
     @model_validator(mode="after")
     def known(self) -> Self:
         for key, wanted, available in (
@@ -340,6 +350,9 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
         candidate = (folder / Path(model).expanduser()).resolve()
         return str(candidate) if model.startswith((".", "/", "~")) or candidate.is_dir() else model
 
+    matrix = recipe.export.importance_matrix
+    if matrix not in (None, CALIBRATION):
+        matrix = str((folder / Path(matrix).expanduser()).resolve())
     text = recipe.data.text.model_copy(update={"sources": [resolve(s) for s in recipe.data.text.sources]})
     chats = recipe.data.chats.model_copy(update={"sources": [resolve(s) for s in recipe.data.chats.sources]})
     return recipe.model_copy(
@@ -347,5 +360,6 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
             "data": Data(text=text, chats=chats),
             "teacher": recipe.teacher.model_copy(update={"model": resolve_model(recipe.teacher.model)}),
             "student": recipe.student.model_copy(update={"model": resolve_model(recipe.student.model)}),
+            "export": recipe.export.model_copy(update={"importance_matrix": matrix}),
         }
     )

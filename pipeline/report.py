@@ -81,6 +81,10 @@ def collect(
         "instruct": {**read("instruct", "evaluation.json"), "curve": read("instruct", "curve.json")},
         "conversations": read("instruct", "conversations.json"),
         "fidelity": [entry for name in formats for entry in read(f"fidelity_{name}", "fidelity.json")],
+        "importance_matrix": read("importance_matrix", "importance.json")
+        if "importance_matrix" in artifacts
+        else None,
+        "merge": read("instruct", "evaluation.json")["merge"],
         "device": [entry for name in formats for entry in read(f"device_{name}", "device.json")],
         "tensor_types": {
             Path(entry["path"]).name: entry["tensor_types"] for entry in files if entry["tensor_types"]

@@ -2,17 +2,23 @@
 
 import json
 import math
+import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import safe_open
 
+from export.errors import ExportError
+from export.gguf import quantize_gguf
 from export.processes import run_logged
 from pipeline.artifacts import Artifact, Store, write_json
 from pipeline.chat_template import render_with_mask
 from pipeline.conversations import held_out_prompts
 from pipeline.errors import GateFailed, UserError
+from pipeline.exports import UNQUANTIZED, unquantized
 from pipeline.models import load_tokenizer
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe, Thresholds
@@ -21,6 +27,7 @@ STAGE = "fidelity"
 VERSION = 3
 REFERENCE_VERSION = 1
 HELD_OUT_CHATS = 8
+ANSWERS = "unquantized-answers"
 
 NOT_MEASURED: dict[str, Any] = dict.fromkeys(
     (
@@ -50,10 +57,15 @@ def run(
 ) -> Artifact:
     """Runs every file of an export over held-out text and chats, and compares with torch.
 
+    Every quantized file is also compared with the unquantized file of its format (made for this where the
+    recipe does not list it), so that a loss is blamed on the format or on the quantization.
+
     Returns:
-        ``fidelity.json``: one entry a file, with its statistics, ``passed`` and ``failures``. A failed gate
-        is a result like any other; ``require_passed`` turns it into an error. Statistics of a file that
-        its runtime cannot run, or that are no finite numbers, are null.
+        ``fidelity.json``: one entry a file, with its statistics, ``bits_per_weight``, ``hops`` (see
+        ``hops_of``), ``floor_kl`` (see ``validate_worker.unquantized_answers``), with an importance matrix
+        the statistics ``without_importance_matrix``, ``passed`` and ``failures``. A failed gate is a result
+        like any other; ``require_passed`` turns it into an error. Statistics of a file that its runtime
+        cannot run, or that are no finite numbers, are null.
 
     Raises:
         UserError: the reference model cannot be run.
@@ -61,23 +73,30 @@ def run(
 
     def make(output: Path, work: Path) -> None:
         reference = reference_logits(store, recipe, instruct, text, chats)
+        common = {"reference": str(reference.path), "threads": recipe.threads}
+        parameters = weights_of(instruct.path / "model")
+        format = exported.stage.removeprefix("export_")
+        before = _run_unquantized(store, recipe, instruct, exported, format, common, work)
         results = []
         prompts = held_out_prompts(chats.path / "held_out.jsonl")
         entries = json.loads((exported.path / "files.json").read_text(encoding="utf-8"))
         for number, entry in enumerate(entries):
             label = f"validate {entry['format']} {entry['quantization']}"
             store.report(Progress(label.replace(" ", ": ", 1), number, len(entries), "files"))
+            is_unquantized = entry["quantization"] == UNQUANTIZED[format]
             request: dict[str, Any] = {
                 "file": str(exported.path / entry["path"]),
-                "reference": str(reference.path),
-                "threads": recipe.threads,
+                "unquantized": None if is_unquantized or not before else str(work / ANSWERS),
                 "prompts": prompts,
+                **common,
             }
             problem, measured = _worker(request, work, store, label)
+            hops = hops_of(entry["quantization"], format, measured, before)
+            measured = {key: value for key, value in measured.items() if key != "quantization"}
             thresholds = recipe.validate_.thresholds.get(entry["quantization"], recipe.validate_.default)
             name = Path(entry["path"]).name
             if problem is None:
-                failures = missed_gates(name, measured, thresholds)
+                failures = missed_gates(name, measured, thresholds, hops)
             else:
                 failures = [f"{name}: gate runs: the runtime fails, the threshold is no failure ({problem})."]
             results.append(
@@ -86,6 +105,10 @@ def run(
                     **{key: entry[key] for key in ("format", "quantization", "bytes")},
                     **NOT_MEASURED,
                     **{key: _finite(value) for key, value in measured.items()},
+                    "bits_per_weight": 8 * entry["bytes"] / parameters,
+                    "hops": hops,
+                    "floor_kl": _finite(before.get("floor_kl")),
+                    "without_importance_matrix": _without_matrix(store, entry, before, common, work),
                     "passed": not failures,
                     "failures": failures,
                 }
@@ -128,15 +151,109 @@ def reference_logits(
     )
 
 
-def missed_gates(name: str, measured: dict[str, Any], thresholds: Thresholds) -> list[str]:
+def weights_of(model_dir: Path) -> int:
+    """Number of a folder's weights; a tied head is stored, and counted, once."""
+    count = 0
+    for path in model_dir.glob("*.safetensors"):
+        with safe_open(path, framework="np") as file:
+            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return count
+
+
+def hops_of(
+    quantization: str, format: str, measured: dict[str, Any], before: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """How much is lost on each step from the model in torch to a file.
+
+    Args:
+        quantization: the file's.
+        format: the file's.
+        measured: result of ``validate_worker.judge``; empty where the file could not be run.
+        before: result of ``validate_worker.unquantized_answers``; empty likewise.
+
+    Returns:
+        [{hop, mean_kl, p99_kl, same_top, perplexity_ratio}]: the format's own step ("model to f16") and
+        quantization's ("f16 to q4_k_m"). KLs of steps do not add up exactly.
+    """
+    steps = []
+    unquantized = UNQUANTIZED[format]
+    if before:
+        steps.append((f"model to {unquantized}", before["hop"]))
+    if measured.get("quantization"):
+        steps.append((f"{unquantized} to {quantization}", measured["quantization"]))
+    return [{"hop": hop, **_brief(statistics)} for hop, statistics in steps]
+
+
+def _brief(statistics: dict[str, Any]) -> dict[str, Any]:
+    return {key: _finite(statistics[key]) for key in ("mean_kl", "p99_kl", "same_top", "perplexity_ratio")}
+
+
+def _run_unquantized(
+    store: Store,
+    recipe: Recipe,
+    instruct: Artifact,
+    exported: Artifact,
+    format: str,
+    common: dict[str, Any],
+    work: Path,
+) -> dict[str, Any]:
+    """Result of ``validate_worker.unquantized_answers``, whose logits are left in ``work``, with the
+    ``file``; empty if it cannot be made or run, which the gates of the quantized files then say."""
+    for name in (ANSWERS, "unquantized"):
+        shutil.rmtree(work / name, ignore_errors=True)
+    (work / ANSWERS).mkdir()
+    try:
+        file = unquantized(store, recipe, instruct, exported, format, work / "unquantized")
+    except ExportError as error:
+        store.report(f"validate: no {UNQUANTIZED[format]} file to compare with ({error})")
+        return {}
+    problem, result = _worker(
+        {"file": str(file), "answers": str(work / ANSWERS), **common},
+        work,
+        store,
+        f"validate {format} {UNQUANTIZED[format]}",
+    )
+    if problem is not None:
+        store.report(f"validate: {UNQUANTIZED[format]} cannot be run ({problem})")
+        return {}
+    return {**result, "file": str(file)}
+
+
+def _without_matrix(
+    store: Store, entry: dict[str, Any], before: dict[str, Any], common: dict[str, Any], work: Path
+) -> dict[str, Any] | None:
+    """What the same quantization is worth without its importance matrix; None where it has none."""
+    if not entry.get("importance_matrix") or not before:
+        return None
+    quantization = entry["quantization"]
+    store.report(f"validate: {quantization} without the importance matrix, to tell what the matrix gains")
+    file = work / "without-importance-matrix.gguf"
+    file.unlink(missing_ok=True)
+    quantize_gguf(Path(before["file"]), file, quantization, threads=common["threads"])
+    problem, measured = _worker(
+        {"file": str(file), "logits_only": True, **common},
+        work,
+        store,
+        f"validate gguf {quantization} without matrix",
+    )
+    file.unlink()
+    return None if problem is not None else _brief(measured)
+
+
+def missed_gates(
+    name: str, measured: dict[str, Any], thresholds: Thresholds, hops: Sequence[dict[str, Any]] = ()
+) -> list[str]:
     """A sentence for each gate that a file misses, naming file, gate, value and threshold.
 
     Args:
         name: the file's name.
         measured: result of ``validate_worker.judge``.
         thresholds: the recipe's for this quantization.
+        hops: of ``hops_of``; a loss is blamed on the step that lost most.
     """
     failures = []
+    worst = max(hops, key=lambda step: math.inf if step["mean_kl"] is None else step["mean_kl"], default=None)
+    blame = "" if worst is None or len(hops) < 2 else f" (most is lost from {worst['hop']})"
 
     def missed(gate: str, sentence: str) -> None:
         failures.append(f"{name}: gate {gate}: {sentence}.")
@@ -179,9 +296,13 @@ def missed_gates(name: str, measured: dict[str, Any], thresholds: Thresholds) ->
     # Written so that a value that is no number fails.
     for gate, threshold in at_most.items():
         if threshold is not None and not measured[gate] <= threshold:
-            missed(gate, f"{measured[gate]:.4g}, the threshold is at most {threshold:.4g}")
+            blamed = "" if gate == "decode_kl" else blame
+            missed(gate, f"{measured[gate]:.4g}, the threshold is at most {threshold:.4g}{blamed}")
     if not measured["same_top"] >= thresholds.same_top:
-        missed("same_top", f"{measured['same_top']:.4g}, the threshold is at least {thresholds.same_top:.4g}")
+        missed(
+            "same_top",
+            f"{measured['same_top']:.4g}, the threshold is at least {thresholds.same_top:.4g}{blame}",
+        )
     return failures
 
 

@@ -26,6 +26,9 @@ WORST = 5
 CONTEXT = 24
 """Tokens of that text."""
 
+FLOOR_ROWS = 2
+"""Rows of which an unquantized file is compared with itself."""
+
 STEPS = 16
 """Tokens decoded one by one, to compare with the same tokens in one pass."""
 
@@ -83,11 +86,51 @@ def reference_answers(model_dir: Path, rows: list[list[int]], threads: int, fold
 def read_reference(folder: Path) -> tuple[dict[str, Any], Callable[[int], np.ndarray]]:
     """What ``reference_answers`` wrote: facts, and a function from a row's number to its logits."""
     reference = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    return reference, lambda number: np.load(folder / f"logits-{number:04d}.npy", mmap_mode="r")
+    return reference, logits_in(folder)
+
+
+def logits_in(folder: Path) -> Callable[[int], np.ndarray]:
+    """A function from a row's number to its logits ``[T, V]`` in a folder."""
+    return lambda number: np.load(folder / f"logits-{number:04d}.npy", mmap_mode="r")
+
+
+def unquantized_answers(
+    runtime: Runtime, reference: dict[str, Any], logits_of: Callable[[int], np.ndarray], folder: Path
+) -> dict[str, Any]:
+    """Writes ``logits-NNNN.npy`` of an unquantized file, by which the loss of quantization alone is told.
+
+    Args:
+        runtime, reference, logits_of: as of ``judge``.
+        folder: receives the logits.
+
+    Returns:
+        ``hop``: ``Fidelity.statistics`` against the model in torch. ``floor_kl``: mean KL of the file with
+        itself, each row in one pass against the same row in two: what rounding alone amounts to.
+
+    Raises:
+        ExportError: the file cannot be run.
+    """
+    size = min(runtime.vocabulary_size, reference["vocabulary_size"])
+    hop, floor = Fidelity(), Fidelity()
+    for number, row in enumerate(reference["rows"]):
+        runtime.reset()
+        logits = runtime.forward(row)[:, :size]
+        np.save(folder / f"logits-{number:04d}.npy", logits)
+        following = np.array(row[1:])
+        hop.add(logits_of(number)[:-1, :size], logits[:-1], following)
+        if number < FLOOR_ROWS:
+            half = len(row) // 2
+            runtime.reset()
+            runtime.forward(row[:half])
+            floor.add(logits[half:-1], runtime.forward(row[half:])[:-1, :size], following[half:])
+    return {"hop": hop.statistics(), "floor_kl": floor.statistics()["mean_kl"]}
 
 
 def judge(
-    runtime: Runtime, reference: dict[str, Any], logits_of: Callable[[int], np.ndarray]
+    runtime: Runtime,
+    reference: dict[str, Any],
+    logits_of: Callable[[int], np.ndarray],
+    unquantized_logits_of: Callable[[int], np.ndarray] | None = None,
 ) -> dict[str, Any]:
     """Everything that the gates of one file look at; plain JSON values.
 
@@ -95,6 +138,8 @@ def judge(
         runtime: the file, loaded.
         reference: ``facts`` of the model with its ``rows`` and ``bos_token_id``.
         logits_of: the model's logits ``[T, V]`` of a row.
+        unquantized_logits_of: those of the unquantized file of the format; ``quantization`` then holds the
+            statistics against it.
 
     Raises:
         ExportError: the file cannot be run.
@@ -138,17 +183,21 @@ def judge(
         "context_length": found["context_length"],
         "reference_context_length": reference["context_length"],
         "decode_kl": decode_divergence(runtime, reference["rows"][0]),
-        **compare_logits(runtime, reference, logits_of),
+        **compare_logits(runtime, reference, logits_of, unquantized_logits_of),
     }
 
 
 def compare_logits(
-    runtime: Runtime, reference: dict[str, Any], logits_of: Callable[[int], np.ndarray]
+    runtime: Runtime,
+    reference: dict[str, Any],
+    logits_of: Callable[[int], np.ndarray],
+    unquantized_logits_of: Callable[[int], np.ndarray] | None = None,
 ) -> dict[str, Any]:
-    """``Fidelity.statistics`` over all rows, each from an empty cache, as far as both vocabularies go; and
-    ``worst``, the positions of the largest KL with the text before them."""
+    """``Fidelity.statistics`` over all rows, each from an empty cache, as far as both vocabularies go;
+    ``worst``, the positions of the largest KL with the text before them; and in ``quantization`` the same
+    statistics against the unquantized file, if its logits are given."""
     size = min(runtime.vocabulary_size, reference["vocabulary_size"])
-    fidelity = Fidelity()
+    fidelity, quantization = Fidelity(), Fidelity()
     for number, row in enumerate(reference["rows"]):
         runtime.reset()
         logits, expected = runtime.forward(row), logits_of(number)
@@ -156,6 +205,10 @@ def compare_logits(
         for start in range(0, len(following), CHUNK):
             chunk = slice(start, min(start + CHUNK, len(following)))
             fidelity.add(expected[chunk, :size], logits[chunk, :size], following[chunk])
+            if unquantized_logits_of is not None:
+                before = unquantized_logits_of(number)[chunk]
+                width = min(size, before.shape[1])
+                quantization.add(before[:, :width], logits[chunk, :width], following[chunk])
     places = [(row, place) for row in reference["rows"] for place in range(len(row) - 1)]
     worst = []
     for found in fidelity.worst(WORST):
@@ -168,7 +221,8 @@ def compare_logits(
         }
         decoded = {name: runtime.decode_text(ids) for name, ids in texts.items()}
         worst.append({"kl": found["kl"], **decoded, **{k: found[k] for k in found if "probability" in k}})
-    return {**fidelity.statistics(), "worst": worst}
+    result = {**fidelity.statistics(), "worst": worst}
+    return result if unquantized_logits_of is None else {**result, "quantization": quantization.statistics()}
 
 
 def decode_divergence(runtime: Runtime, row: list[int]) -> float:
@@ -201,8 +255,9 @@ def _leading(ids: list[int], bos_token_id: int | None) -> int:
 
 
 def main() -> int:
-    """Reads the request {reference, threads} and {model, rows} or {file, prompts}; writes the result of
-    ``judge`` and, as ``said``, the file's ``answers``.
+    """Reads the request {reference, threads} and one of {model, rows}, {file, answers} (an unquantized file,
+    which writes its logits to that folder), {file, logits_only: true}, or {file, prompts, unquantized} (a
+    folder of such logits, or null); writes the result of ``judge`` and, as ``said``, the file's ``answers``.
     Exit code 2 and a sentence on stderr if the file fails to run."""
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     folder = Path(request["reference"])
@@ -215,8 +270,15 @@ def main() -> int:
         longest = max(len(row) for row in reference["rows"])
         context_length = max(longest, min(longest + SAMPLE_TOKENS, reference["context_length"]))
         runtime = open_runtime(Path(request["file"]), request["threads"], context_length)
-        judged = judge(runtime, reference, logits_of)
-        write_json(Path(sys.argv[2]), {**judged, "said": answers(runtime, request["prompts"])})
+        before = request.get("unquantized")
+        if "answers" in request:
+            result = unquantized_answers(runtime, reference, logits_of, Path(request["answers"]))
+        elif request.get("logits_only"):
+            result = compare_logits(runtime, reference, logits_of)
+        else:
+            result = judge(runtime, reference, logits_of, None if before is None else logits_in(Path(before)))
+            result["said"] = answers(runtime, request["prompts"])
+        write_json(Path(sys.argv[2]), result)
     except ExportError as error:
         print(error, file=sys.stderr)
         return 2

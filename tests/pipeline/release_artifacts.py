@@ -168,6 +168,7 @@ def _instruct_files() -> dict[str, Any]:
         "evaluation.json": {
             "before": {"assistant_cross_entropy": 2.71, "kl_to_teacher": 1.62, **measured},
             "after": {"assistant_cross_entropy": 1.88, "kl_to_teacher": 0.93, **measured},
+            "merge": None,
         },
         "conversations.json": [
             {
@@ -217,6 +218,20 @@ def _add_format(add: Any, format: str, entries: list[tuple[str, str, str, int, f
                 "same_top_error": 0.004,
                 "perplexity_ratio": 1 + kl / 3,
                 "perplexity_ratio_error": 0.003,
+                "top_probability_rms": kl / 4,
+                "bits_per_weight": size * 8_000 / 99_060_480,
+                "hops": [
+                    {
+                        "hop": hop,
+                        "mean_kl": loss,
+                        "p99_kl": loss * 9,
+                        "same_top": 1 - loss / 2,
+                        "perplexity_ratio": 1 + loss / 3,
+                    }
+                    for hop, loss in (("model to f16", 6e-6), (f"f16 to {quantization}", kl))
+                ],
+                "floor_kl": 1.3e-6,
+                "without_importance_matrix": None,
                 "tokens": 2_048,
                 "worst": [
                     {
