@@ -83,8 +83,8 @@ def measure_importance(
 
 
 def rows_of_text(model_dir: Path, text: str) -> Iterator[np.ndarray]:
-    """Token ids of a text in rows of ``ROW``, its first ``MOST_TOKENS`` tokens. Text that looks like a control
-    token is text.
+    """Token ids of a text in rows of ``ROW``, its first ``MOST_TOKENS`` tokens. Text that looks like a
+    control token is text.
 
     Raises:
         ExportError: the tokenizer cannot be loaded.
@@ -101,8 +101,8 @@ def rows_of_text(model_dir: Path, text: str) -> Iterator[np.ndarray]:
 def gguf_importance(importance: Mapping[str, np.ndarray], model_dir: Path) -> dict[str, np.ndarray]:
     """The same matrix under the names of GGUF tensors (``blk.0.attn_q.weight``), for ``export_gguf``.
 
-    The head's values go to the embedding where that is the head. Layers that GGUF has no tensor for are left
-    out, and then quantized without.
+    The head's values go to the embedding where that is the head. Layers that GGUF has no tensor for are
+    left out, and then quantized without.
 
     Raises:
         ExportError: the ``gguf`` package does not know the model's architecture.
@@ -115,8 +115,8 @@ def gguf_importance(importance: Mapping[str, np.ndarray], model_dir: Path) -> di
     known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     if wanted not in known:
         raise ExportError(
-            f"{model_dir / 'config.json'}: the names of {text.model_type!r} tensors in GGUF are not known, so "
-            "its importance matrix cannot be used; export without one."
+            f"{model_dir / 'config.json'}: the names of {text.model_type!r} tensors in GGUF are not known, "
+            "so its importance matrix cannot be used; export without one."
         )
     names = gguf.get_tensor_name_map(known[wanted], text.num_hidden_layers)
     found = {}

@@ -250,6 +250,40 @@ def compare_releases(
 
 
 @app.command()
+def choose(
+    release: Annotated[Path, typer.Argument(help="Release folder.")] = Path("release"),
+    max_size: Annotated[str | None, typer.Option(help="Most on disk, such as 80MB.")] = None,
+    max_memory: Annotated[str | None, typer.Option(help="Most memory at the peak, such as 300MB.")] = None,
+    min_speed: Annotated[float | None, typer.Option(help="Least decoded tokens a second.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="SVG file to write.")] = Path("choice.svg"),
+    as_json: AsJson = False,
+) -> None:
+    """Say which file of a release to ship, within budgets of size, memory and speed.
+
+    Example: martlet choose release --max-size 85MB --min-speed 40
+    """
+    from pipeline import choose as choosing
+
+    choice = choosing.choose(
+        release,
+        None if max_size is None else choosing.bytes_of(max_size, "--max-size"),
+        None if max_memory is None else choosing.bytes_of(max_memory, "--max-memory"),
+        min_speed,
+    )
+    if picture is not None:
+        try:
+            picture.write_text(choosing.picture(choice), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--picture: {picture}: cannot be written ({error.strerror}).") from None
+    if as_json:
+        print(json.dumps({**choice, "picture": None if picture is None else str(picture)}))
+    else:
+        show_choice(choice)
+    if choice["ship"] is None:
+        raise GateFailed(f"{release}: none of its {len(choice['files'])} files fits; raise a budget.")
+
+
+@app.command()
 def chat(
     model: Annotated[
         Path,
@@ -388,6 +422,30 @@ def show_release(result: dict[str, Any], with_stages: bool) -> None:
     console.print(f"Release: {result['release']}", soft_wrap=True)
     console.print(f"Report:  {Path(result['release']) / 'report.html'}", soft_wrap=True)
     console.print(f"Talk:    martlet chat {result['release']}", soft_wrap=True)
+
+
+def show_choice(choice: dict[str, Any]) -> None:
+    """The files on the front, why the others are not, and the one to ship."""
+    console = Console()
+    where = "" if choice["threads"] is None else f", {choice['threads']} threads on {choice['machine']}"
+    table = Table(title=f"Files by size{where}", title_justify="left")
+    table.add_column("file", overflow="fold")
+    for heading in ("MB", "mean KL", "tokens/s", "peak MB", "front", ""):
+        table.add_column(heading, justify="left" if heading in ("front", "") else "right", no_wrap=True)
+    for file in choice["files"]:
+        speed, memory = file["decode_tokens_per_s"], file["peak_rss_bytes"]
+        table.add_row(
+            file["file"],
+            f"{file['bytes'] / 1e6:.1f}",
+            "" if file["mean_kl"] is None else f"{file['mean_kl']:.4f}",
+            "" if speed is None else f"{speed:.1f}" + ("" if file["reliable"] else " ?"),
+            "" if memory is None else f"{memory / 1e6:.0f}",
+            "yes" if file["on_front"] else "",
+            "ship this" if file["file"] == choice["ship"] else file["why_not"] or "",
+        )
+    console.print(table)
+    if any(file["reliable"] is False for file in choice["files"]):
+        console.print("? the machine was busy while this was timed.")
 
 
 def show_notes(error: BaseException) -> None:

@@ -23,10 +23,10 @@ def check_recipe(recipe: Recipe, path: Path) -> None:
         if ":" not in source and not Path(source).exists():
             raise UserError(f"{path}: {key}: {source}: no such file.")
     matrix = recipe.export.importance_matrix
-    if matrix not in (None, CALIBRATION) and not Path(matrix).is_file():
+    if matrix is not None and matrix != CALIBRATION and not Path(matrix).is_file():
         raise UserError(
-            f"{path}: export.importance_matrix: {matrix}: no such file; give calibration for the recipe's own "
-            "calibration split, or a text file."
+            f"{path}: export.importance_matrix: {matrix}: no such file; give calibration for the recipe's "
+            "own calibration split, or a text file."
         )
     for key, model in (("teacher.model", recipe.teacher.model), ("student.model", recipe.student.model)):
         if model is None:

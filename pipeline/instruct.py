@@ -32,8 +32,9 @@ def run(store: Store, recipe: Recipe, teacher: Artifact, student: Artifact, chat
 
     Returns:
         ``model/``, ``curve.json``, ``evaluation.json`` {before, after: {assistant_cross_entropy,
-        kl_to_teacher, tokens} on held-out chats; merge: ``loss_of_merging``, null without adapters} and ``conversations.json``: greedy answers of teacher,
-        student before and student after to held-out prompts, as they are.
+        kl_to_teacher, tokens} on held-out chats; merge: ``loss_of_merging``, null without adapters}, and
+        ``conversations.json``: greedy answers of teacher, student before and student after to held-out
+        prompts, as they are.
 
     Raises:
         UserError: training diverges.

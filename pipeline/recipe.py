@@ -351,7 +351,7 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
         return str(candidate) if model.startswith((".", "/", "~")) or candidate.is_dir() else model
 
     matrix = recipe.export.importance_matrix
-    if matrix not in (None, CALIBRATION):
+    if matrix is not None and matrix != CALIBRATION:
         matrix = str((folder / Path(matrix).expanduser()).resolve())
     text = recipe.data.text.model_copy(update={"sources": [resolve(s) for s in recipe.data.text.sources]})
     chats = recipe.data.chats.model_copy(update={"sources": [resolve(s) for s in recipe.data.chats.sources]})
