@@ -19,6 +19,7 @@ import numpy as np
 
 from export.errors import ExportError
 from export.quantizations import MLC as QUANTIZATIONS
+from export.quantizations import MLC_LIBRARIES
 
 ATTENTION_NAMES = {"llama": "qkv_proj", "qwen2": "c_attn"}
 """Model types that can be exported, and MLC's name of their fused attention input."""
@@ -36,6 +37,7 @@ def export_mlc(
     *,
     context_length: int | None = None,
     compile_cpu: bool = True,
+    libraries: Sequence[str] = ("x86_64-cpu",),
     progress: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Exports a Hugging Face folder to an MLC folder.
@@ -46,7 +48,9 @@ def export_mlc(
         name: first part of the library's name.
         quantization: a key of ``QUANTIZATIONS``.
         context_length: ``context_window_size`` in tokens, at most the model's own, which is the default.
-        compile_cpu: also compile ``libs/NAME-QUANTIZATION-x86_64-cpu.so``.
+        compile_cpu: also compile ``libs/NAME-QUANTIZATION-LIBRARY``.
+        libraries: keys of ``MLC_LIBRARIES``; those for ARM are an archive of objects, as MLC's own for
+            phones, which a toolchain for that system links.
         progress: receives one line at the start of each step.
 
     Returns:
@@ -64,6 +68,9 @@ def export_mlc(
         raise ExportError(
             f"There is no MLC quantization {quantization!r}; choose from {', '.join(QUANTIZATIONS)}."
         )
+    for target in libraries:
+        if target not in MLC_LIBRARIES:
+            raise ExportError(f"There is no MLC library {target!r}; choose from {', '.join(MLC_LIBRARIES)}.")
     if not list(model_dir.glob("*.safetensors")):
         raise ExportError(f"{model_dir}: no .safetensors file; export a folder with safetensors.")
     if output_dir.exists() and any(output_dir.iterdir()):
@@ -87,11 +94,12 @@ def export_mlc(
         for file in config["tokenizer_files"]:
             shutil.copy(model_dir / file, folder / file)
         if compile_cpu:
-            progress(f"mlc: compiling the {quantization} library for x86-64 CPUs")
             (folder / "libs").mkdir()
-            library = folder / "libs" / f"{name}-{quantization}-x86_64-cpu.so"
             facts = {"model_type": config["model_type"], "quantization": quantization}
-            compile_library(architecture, library, facts)
+            for target in libraries:
+                progress(f"mlc: compiling the {quantization} library for {target}")
+                library = folder / "libs" / f"{name}-{quantization}-{target}{MLC_LIBRARIES[target]}"
+                compile_library(architecture, library, facts, target)
         if output_dir.exists():
             output_dir.rmdir()
         folder.rename(output_dir)

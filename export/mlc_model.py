@@ -25,8 +25,13 @@ PANEL = 16
 """Rows of a matrix that the blocked kernel holds dequantized."""
 TOKENS = 4
 """Tokens that the blocked kernel multiplies at a time."""
-TARGET = {"kind": "llvm", "mcpu": "x86-64-v3"}
-"""AVX2 and FMA: every x86-64 of the last ten years, whatever machine compiles."""
+TARGETS: dict[str, dict[str, Any]] = {
+    # AVX2 and FMA: every x86-64 of the last ten years, whatever machine compiles.
+    "x86_64-cpu": {"kind": "llvm", "mcpu": "x86-64-v3"},
+    # NEON is part of every 64-bit ARM.
+    "aarch64-cpu": {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mattr": ["+neon"]},
+}
+"""LLVM's targets of the libraries."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +55,21 @@ class Architecture:
     context_length: int
 
 
-def compile_library(architecture: Architecture, path: Path, metadata: dict[str, Any]) -> None:
-    """Compiles the model for x86-64 CPUs and writes a shared library.
+def compile_library(
+    architecture: Architecture, path: Path, metadata: dict[str, Any], target: str = "x86_64-cpu"
+) -> None:
+    """Compiles the model for a CPU and writes its library.
 
     Args:
         architecture: the model's.
-        path: the ``.so`` file to write.
+        path: the file to write: ``.so``, which this machine's linker makes, or ``.tar``, an archive of the
+            objects for another system's.
         metadata: returned by the library's ``_metadata`` function as JSON, after the architecture.
+        target: a key of ``TARGETS``.
     """
     module = build_module(architecture, metadata)
-    executable = relax.build(module, target=tvm.target.Target(TARGET), relax_pipeline=_pipeline())
+    described = tvm.target.Target(TARGETS[target])
+    executable = relax.build(module, target=described, relax_pipeline=_pipeline(described))
     executable.export_library(str(path))
 
 
@@ -69,11 +79,10 @@ def parameter_names(architecture: Architecture) -> list[str]:
     return [name for name, _, _ in _parameters(architecture)]
 
 
-def _pipeline() -> Any:
+def _pipeline(target: Any) -> Any:
     # Every kernel is scheduled by hand, so only what turns Relax into VM code is left to do.
     from tvm.relax.backend.cpu_generic.pipeline import dataflow_lower_passes, finalize_passes
 
-    target = tvm.target.Target(TARGET)
     return tvm.ir.transform.Sequential([*dataflow_lower_passes(target), *finalize_passes(target)])
 
 

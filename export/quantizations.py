@@ -28,5 +28,12 @@ MLC: dict[str, tuple[str, bool]] = {
 }
 """Names, the model's dtype, and whether matrices are quantized to four bits."""
 
+MLC_LIBRARIES = {
+    "x86_64-cpu": ".so",
+    "aarch64-cpu": ".tar",
+}
+"""What MLC model libraries are compiled for, and their files' suffixes: one that this machine can load, and
+the objects that a toolchain for that system links."""
+
 ONNX = {"fp32": "model.onnx", "int8": "model_quantized.onnx", "int4": "model_q4.onnx"}
 """Precisions and their file names, from the largest to the smallest file."""

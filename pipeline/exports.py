@@ -80,7 +80,14 @@ def run(
             else:
                 quantizations = recipe.export.mlc
                 paths = [
-                    export_mlc(model_dir, files / quantization, name, quantization, progress=store.report)
+                    export_mlc(
+                        model_dir,
+                        files / quantization,
+                        name,
+                        quantization,
+                        libraries=recipe.export.mlc_libraries,
+                        progress=store.report,
+                    )
                     for quantization in quantizations
                 ]
         except ExportError as error:
@@ -105,6 +112,7 @@ def run(
         "name": name,
         "quantizations": getattr(recipe.export, format),
         **({"pre_tokenizer": recipe.export.pre_tokenizer} if format == "gguf" else {}),
+        **({"libraries": recipe.export.mlc_libraries} if format == "mlc" else {}),
         **({"licence": recipe.teacher.licence, "base": recipe.teacher.model} if format == "gguf" else {}),
     }
     inputs: dict[str, Artifact | str] = {"instruct": instruct}
@@ -151,5 +159,6 @@ def unquantized(
 def size_of(path: Path) -> int:
     """Bytes on disk that a device needs: the file, its external data beside it, or the folder's files."""
     if path.is_dir():
-        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file() and file.suffix != ".so")
+        files = [file for file in path.rglob("*") if file.is_file() and file.parent.name != "libs"]
+        return sum(file.stat().st_size for file in files)
     return sum(file.stat().st_size for file in path.parent.glob(path.name + "*"))

@@ -181,6 +181,11 @@ class Export(Section):
 
     gguf: list[str] = Field(default=["q8_0", "q5_k_m", "q4_k_m"])
     mlc: list[str] = Field(default=["q4f32_1"])
+    mlc_libraries: list[str] = Field(
+        default=["x86_64-cpu"],
+        description="What MLC libraries are compiled for: x86_64-cpu (gates and benchmark need it) and "
+        "aarch64-cpu (an archive of objects to link on or for such a system).",
+    )
     onnx: list[str] = Field(default=["fp32", "int4"])
     pre_tokenizer: str | None = Field(
         None,
@@ -198,6 +203,7 @@ class Export(Section):
         for key, wanted, available in (
             ("gguf", self.gguf, quantizations.GGUF),
             ("mlc", self.mlc, quantizations.MLC),
+            ("mlc_libraries", self.mlc_libraries, quantizations.MLC_LIBRARIES),
             ("onnx", self.onnx, quantizations.ONNX),
         ):
             for quantization in wanted:
@@ -207,6 +213,8 @@ class Export(Section):
                     )
             if len(set(wanted)) != len(wanted):
                 raise ValueError(f"{key}: a quantization is listed twice")
+        if self.mlc and "x86_64-cpu" not in self.mlc_libraries:
+            raise ValueError("mlc_libraries: gates and benchmark run x86_64-cpu; add it")
         if not (self.gguf or self.mlc or self.onnx):
             raise ValueError("nothing to export: list at least one quantization under gguf, mlc or onnx")
         return self

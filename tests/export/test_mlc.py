@@ -5,8 +5,10 @@ import hashlib
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -434,3 +436,53 @@ def test_unsupported_model_is_one_sentence(
 def test_unknown_quantization(tiny_model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="no MLC quantization 'q9'"):
         export_mlc(tiny_model_dir, tmp_path / "out", "t", "q9")
+
+
+def elf_symbols(data: bytes) -> tuple[int, int, set[str]]:
+    """Machine, type and the names of defined global symbols of a 64-bit little-endian ELF file."""
+    assert data[:6] == b"\x7fELF\x02\x01"
+    kind, machine = struct.unpack_from("<HH", data, 16)
+    (table,) = struct.unpack_from("<Q", data, 40)
+    size, count = struct.unpack_from("<HH", data, 58)
+    sections = [struct.unpack_from("<IIQQQQIIQQ", data, table + number * size) for number in range(count)]
+    names = set()
+    for section in sections:
+        if section[1] != 2:  # SHT_SYMTAB
+            continue
+        strings = sections[section[6]][4]
+        for place in range(section[4], section[4] + section[5], 24):
+            name, info, _, defined = struct.unpack_from("<IBBH", data, place)
+            if info >> 4 and defined:
+                names.add(data[strings + name : data.index(b"\0", strings + name)].decode())
+    return machine, kind, names
+
+
+def test_objects_for_arm_hold_the_same_functions(tiny_model_dir: Path, tmp_path: Path) -> None:
+    libraries = ["x86_64-cpu", "aarch64-cpu"]
+    folder = export_mlc(tiny_model_dir, tmp_path / "out", "t", "q4f16_1", libraries=libraries)
+    with tarfile.open(folder / "libs" / "t-q4f16_1-aarch64-cpu.tar") as archive:
+        objects = [archive.extractfile(member).read() for member in archive if member.isfile()]  # type: ignore
+    assert len(objects) == 2  # kernels, and the virtual machine's code
+    symbols: set[str] = set()
+    for data in objects:
+        machine, kind, names = elf_symbols(data)
+        assert (machine, kind) == (183, 1)  # EM_AARCH64, ET_REL
+        symbols |= names
+    # NEON in the kernels: a vectorized multiply-add of four floats (fmla v.4s) is there.
+    words = np.frombuffer(max(objects, key=len)[: len(max(objects, key=len)) // 4 * 4], np.uint32)
+    assert ((words & 0xFFA0FC00) == 0x4E20CC00).any()
+    native = subprocess.run(
+        ["nm", "-D", "--defined-only", folder / "libs" / "t-q4f16_1-x86_64-cpu.so"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    kernels = {name for name in native.stdout.split() if name.startswith("__tvm_ffi_") and "multiply" in name}
+    assert kernels
+    assert kernels <= symbols
+    assert any("library_bin" in name for name in symbols)
+
+
+def test_a_library_that_does_not_exist(tiny_model_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="no MLC library 'riscv'; choose from x86_64-cpu, aarch64-cpu"):
+        export_mlc(tiny_model_dir, tmp_path / "out", "t", "q4f32_1", libraries=["riscv"])
