@@ -6,8 +6,10 @@ scale = max|w| / 7 and q = clip(round_half_even(w / scale + 7), 0, 14); eight q 
 """
 
 import contextlib
+import hashlib
 import io
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from export.errors import ExportError
+from export.processes import run_logged
 from export.quantizations import MLC as QUANTIZATIONS
 from export.quantizations import MLC_LIBRARIES
 
@@ -59,7 +62,8 @@ def export_mlc(
 
     Raises:
         ExportError: the quantization or the model family is not supported, widths are not divisible by 32,
-            the context is longer than the model's, or the chat template cannot be said in MLC's terms.
+            the context is longer than the model's, the chat template cannot be said in MLC's terms, or an
+            ``mlc_llm`` on PATH, which is then run too, makes other weights.
     """
     from export.mlc_model import compile_library
 
@@ -90,12 +94,16 @@ def export_mlc(
         folder.mkdir()
         progress(f"mlc: writing weights as {quantization}")
         write_weights(model_dir, folder, architecture)
+        real = shutil.which("mlc_llm")
+        if real is not None:
+            progress(f"mlc: comparing with {real} convert_weight")
+            compare_with_mlc_llm(real, model_dir, folder, quantization, Path(temporary) / "mlc_llm")
         (folder / "mlc-chat-config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         for file in config["tokenizer_files"]:
             shutil.copy(model_dir / file, folder / file)
         if compile_cpu:
             (folder / "libs").mkdir()
-            facts = {"model_type": config["model_type"], "quantization": quantization}
+            facts = {key: config[key] for key in ("model_type", "quantization", "prefill_chunk_size")}
             for target in libraries:
                 progress(f"mlc: compiling the {quantization} library for {target}")
                 library = folder / "libs" / f"{name}-{quantization}-{target}{MLC_LIBRARIES[target]}"
@@ -220,6 +228,54 @@ def write_weights(model_dir: Path, folder: Path, architecture: Any) -> None:
         )
     for name in ("ndarray-cache.json", "tensor-cache-b16.json", "ndarray-cache-b16.json"):
         (folder / name).unlink(missing_ok=True)
+
+
+def compare_with_mlc_llm(
+    command: str, model_dir: Path, folder: Path, quantization: str, workplace: Path
+) -> None:
+    """Has the real ``mlc_llm`` convert the same weights, and compares tensor for tensor.
+
+    Args:
+        command: path of ``mlc_llm``.
+        model_dir: the Hugging Face folder.
+        folder: what ``write_weights`` wrote.
+        quantization: the quantization of both.
+        workplace: folder to make for the other weights.
+
+    Raises:
+        ExportError: it fails, or a tensor has another name, shape, type or value.
+    """
+    finished = run_logged(
+        [command, "convert_weight", str(model_dir), "--quantization", quantization, "-o", str(workplace)],
+        environment={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    if finished.returncode != 0:
+        raise ExportError(f"{model_dir}: {command} convert_weight fails ({finished.reason()}).")
+    ours, theirs = _tensor_digests(folder), _tensor_digests(workplace)
+    for name in [*ours, *theirs]:
+        if ours.get(name) != theirs.get(name):
+            raise ExportError(
+                f"{model_dir}: the tensor {name} in {quantization} is {ours.get(name, 'missing')} here and "
+                f"{theirs.get(name, 'missing')} by {command}; the versions of both do not fit together."
+            )
+    shutil.rmtree(workplace)
+
+
+def _tensor_digests(folder: Path) -> dict[str, str]:
+    """What each tensor of an MLC folder is, in words: shape, type and the begin of its SHA-256."""
+    files = [folder / name for name in ("tensor-cache.json", "ndarray-cache.json")]
+    try:
+        cache = json.loads(next(file for file in files if file.is_file()).read_text(encoding="utf-8"))
+        found = {}
+        for shard in cache["records"]:
+            with (folder / shard["dataPath"]).open("rb") as file:
+                for record in shard["records"]:
+                    file.seek(record["byteOffset"])
+                    digest = hashlib.sha256(file.read(record["nbytes"])).hexdigest()[:16]
+                    found[record["name"]] = f"{record['shape']} {record['dtype']} {digest}"
+        return found
+    except (StopIteration, OSError, ValueError, KeyError) as error:
+        raise ExportError(f"{folder}: holds no readable tensor cache ({error}).") from None
 
 
 def _weights(model_dir: Path, architecture: Any, total: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:

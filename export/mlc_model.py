@@ -67,8 +67,8 @@ def compile_library(
         metadata: returned by the library's ``_metadata`` function as JSON, after the architecture.
         target: a key of ``TARGETS``.
     """
-    module = build_module(architecture, metadata)
     described = tvm.target.Target(TARGETS[target])
+    module = build_module(architecture, metadata, described)
     executable = relax.build(module, target=described, relax_pipeline=_pipeline(described))
     executable.export_library(str(path))
 
@@ -76,17 +76,18 @@ def compile_library(
 def parameter_names(architecture: Architecture) -> list[str]:
     """Names of the parameters in the order in which the library's functions take them: that of MLC's own
     weights, head first, then embedding, layers and final norm."""
-    return [name for name, _, _ in _parameters(architecture)]
+    return [name for name, _, _ in parameters_of(architecture)]
 
 
 def _pipeline(target: Any) -> Any:
     # Every kernel is scheduled by hand, so only what turns Relax into VM code is left to do.
     from tvm.relax.backend.cpu_generic.pipeline import dataflow_lower_passes, finalize_passes
 
-    return tvm.ir.transform.Sequential([*dataflow_lower_passes(target), *finalize_passes(target)])
+    legalize = [relax.backend.DispatchSortScan(), relax.transform.LegalizeOps()]
+    return tvm.ir.transform.Sequential([*legalize, *dataflow_lower_passes(target), *finalize_passes(target)])
 
 
-def _parameters(a: Architecture) -> list[tuple[str, tuple[int, ...], str]]:
+def parameters_of(a: Architecture) -> list[tuple[str, tuple[int, ...], str]]:
     def matrix(name: str, rows: int, columns: int) -> list[tuple[str, tuple[int, ...], str]]:
         if not a.quantized:
             return [(f"{name}.weight", (rows, columns), a.weight_dtype)]
@@ -112,21 +113,79 @@ def _parameters(a: Architecture) -> list[tuple[str, tuple[int, ...], str]]:
     return found
 
 
-def build_module(a: Architecture, metadata: dict[str, Any]) -> tvm.IRModule:
-    """The Relax module with ``forward`` (logits of all positions), ``prefill`` (of the last), ``decode`` and
-    ``_metadata``.
+def build_module(
+    a: Architecture, metadata: dict[str, Any], described: tvm.target.Target | None = None
+) -> tvm.IRModule:
+    """The Relax module with ``forward`` (logits of all positions), ``forward_last`` (of the last),
+    ``forward_one`` (of the only one) and ``_metadata``; with a target also what MLC's engine calls.
 
     Each takes input_ids int32 [T], position int64 [1] (tokens already in the cache), the key and value
     caches float32 [C, G, D] of every layer (written in place), then the parameters.
     """
     builder = relax.BlockBuilder()
-    for name, single, every in (("forward", False, True), ("prefill", False, False), ("decode", True, False)):
+    for name, single, every in (
+        ("forward", False, True),
+        ("forward_last", False, False),
+        ("forward_one", True, False),
+    ):
         _emit_function(builder, a, name, single, every)
+    if described is not None:
+        from export.mlc_engine import add_engine_functions
+
+        add_engine_functions(builder, a, described)
     with builder.function("_metadata", []):
-        names = parameter_names(a)
-        text = json.dumps({**metadata, "architecture": asdict(a), "parameters": names})
+        chunk = int(metadata.get("prefill_chunk_size", a.context_length))
+        text = json.dumps({**engine_metadata(a, chunk), **metadata})
         builder.emit_func_output(builder.emit(ir.StringImm(text)))
     return builder.finalize()
+
+
+def engine_metadata(a: Architecture, chunk: int) -> dict[str, Any]:
+    """What the library says of itself: what MLC's engine reads, then the ``architecture`` and the names of
+    the ``parameters`` in the order in which functions take them.
+
+    Args:
+        a: the model's architecture.
+        chunk: most tokens of one prefill.
+    """
+    weights = [
+        {"name": name, "shape": list(shape), "dtype": dtype, "preprocs": [], "pipeline_stages": [0]}
+        for name, shape, dtype in parameters_of(a)
+    ]
+    return {
+        "context_window_size": a.context_length,
+        "sliding_window_size": -1,
+        "attention_sink_size": -1,
+        "prefill_chunk_size": chunk,
+        "tensor_parallel_shards": 1,
+        "pipeline_parallel_stages": 1,
+        "disaggregation": False,
+        "kv_state_kind": "kv_cache",
+        "max_batch_size": 128,
+        "model_task": "chat",
+        "vocab_size": a.vocabulary_size,
+        "params": weights,
+        # What the largest prefill needs beside weights and cache: embeddings, queries, gates and logits.
+        "memory_usage": {
+            name: 4 * count * (6 * a.hidden_size + 3 * a.intermediate_size) + 4 * rows * a.vocabulary_size
+            for name, count, rows in (
+                ("embed", chunk, 0),
+                ("prefill", chunk, 1),
+                ("decode", 1, 1),
+                ("batch_prefill", chunk, 128),
+                ("batch_decode", 128, 128),
+                ("batch_verify", chunk, chunk),
+            )
+        },
+        "kv_cache": {
+            "num_hidden_layers": a.layers,
+            "num_attention_heads": a.heads,
+            "num_key_value_heads": a.key_value_heads,
+            "head_dim": a.head_dim,
+        },
+        "architecture": asdict(a),
+        "parameters": parameter_names(a),
+    }
 
 
 def _emit_function(
@@ -147,7 +206,8 @@ def _emit_function(
         for kind in ("key", "value")
     ]
     parameters = [
-        relax.Var(name.replace(".", "_"), tensor(list(shape), dtype)) for name, shape, dtype in _parameters(a)
+        relax.Var(name.replace(".", "_"), tensor(list(shape), dtype))
+        for name, shape, dtype in parameters_of(a)
     ]
     by_name = dict(zip(parameter_names(a), parameters, strict=True))
 

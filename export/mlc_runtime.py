@@ -88,7 +88,7 @@ class MlcRuntime:
         ]
         self._used = 0
         try:
-            self._call("decode", [0])
+            self._call("forward_one", [0])
         except Exception as error:  # the library checks the shape and type of every parameter
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ExportError(f"{path}: the weights do not fit the library ({reason}).") from error
@@ -136,11 +136,11 @@ class MlcRuntime:
 
     def prefill(self, token_ids: Sequence[int]) -> np.ndarray:
         """See ``Runtime.prefill``."""
-        return [self._call("prefill", part) for part in _chunks(token_ids)][-1][-1]
+        return [self._call("forward_last", part) for part in _chunks(token_ids)][-1][-1]
 
     def decode(self, token_id: int) -> np.ndarray:
         """See ``Runtime.decode``."""
-        return self._call("decode", [token_id])[-1]
+        return self._call("forward_one", [token_id])[-1]
 
     def close(self) -> None:
         """See ``Runtime.close``."""

@@ -175,6 +175,9 @@ def export(
     ] = "q4_k_m",
     name: Annotated[str | None, typer.Option(help="First part of the file names.")] = None,
     pre_tokenizer: Annotated[str | None, typer.Option(help="llama.cpp's name of the pre-tokenizer.")] = None,
+    importance_matrix: Annotated[
+        Path | None, typer.Option(help="Text file that weighs the rounding errors of GGUF below q8_0.")
+    ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -188,7 +191,18 @@ def export(
     if format == "gguf":
         from export.gguf import export_gguf
 
-        paths = export_gguf(model, output, name.lower(), wanted, pre_tokenizer=pre_tokenizer, progress=report)
+        matrix = None
+        if importance_matrix is not None:
+            matrix = importance_of_file(model, importance_matrix, report)
+        paths = export_gguf(
+            model,
+            output,
+            name.lower(),
+            wanted,
+            importance_matrix=matrix,
+            pre_tokenizer=pre_tokenizer,
+            progress=report,
+        )
     elif format == "onnx":
         from export.onnx import export_onnx
 
@@ -320,6 +334,17 @@ def check_recipe_file(path: Path) -> Any:
     plan = load_recipe(path)
     check_recipe(plan, path)
     return plan
+
+
+def importance_of_file(model: Path, file: Path, report: Callable[[str], None]) -> Any:
+    """The importance matrix of a model on a text file, under the names of GGUF tensors."""
+    from export.importance import gguf_importance, measure_importance, rows_of_text
+
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--importance-matrix: {file}: cannot be read as text ({error}).") from None
+    return gguf_importance(measure_importance(model, list(rows_of_text(model, text)), progress=report), model)
 
 
 def progress_line(line: str) -> None:

@@ -170,11 +170,13 @@ def picture(choice: dict[str, Any]) -> str:
             legend=legend,
         ),
     )
-    texts = [
-        base.transform_filter(condition)
-        .mark_text(align=align, dx=dx, fontSize=12, color="currentColor")
-        .encode(text=altair.Text("label:N"), opacity=altair.Opacity("opacity:Q", scale=None, legend=None))
-        for condition, align, dx in (("datum.left", "right", -13), ("!datum.left", "left", 13))
-    ]
+    left = base.transform_filter("datum.left").mark_text(
+        align="right", dx=-13, fontSize=12, color="currentColor"
+    )
+    right = base.transform_filter("!datum.left").mark_text(
+        align="left", dx=13, fontSize=12, color="currentColor"
+    )
+    faint = altair.Opacity("opacity:Q", scale=None, legend=None)
+    texts = [side.encode(text=altair.Text("label:N"), opacity=faint) for side in (left, right)]
     chart = altair.LayerChart(layer=[front, ring, dots, *texts]).properties(width=620, height=380)
     return str(svg(chart, "Files by size and mean KL; the ring marks the one to ship"))

@@ -171,6 +171,15 @@ def notes(facts: dict[str, Any]) -> list[str]:
         >= (facts["instruct"]["before"]["assistant_cross_entropy"])
     ):
         sentences.append("Instruction tuning did not lower the cross-entropy on held-out answers.")
+    worse = [
+        entry["file"]
+        for entry in facts["fidelity"]
+        if (without := entry["without_importance_matrix"]) is not None
+        and None not in (without["mean_kl"], entry["mean_kl"])
+        and without["mean_kl"] < entry["mean_kl"]
+    ]
+    if worse:
+        sentences.append(f"The importance matrix made {', '.join(worse)} worse, not better.")
     unreliable = [entry["file"] for entry in facts["device"] if not entry["reliable"]]
     if unreliable:
         sentences.append(

@@ -486,3 +486,47 @@ def test_objects_for_arm_hold_the_same_functions(tiny_model_dir: Path, tmp_path:
 def test_a_library_that_does_not_exist(tiny_model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="no MLC library 'riscv'; choose from x86_64-cpu, aarch64-cpu"):
         export_mlc(tiny_model_dir, tmp_path / "out", "t", "q4f32_1", libraries=["riscv"])
+
+
+@pytest.mark.parametrize("damage", ["", "bit", "missing", "fails"])
+def test_an_mlc_llm_on_the_path_must_make_the_same_weights(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    """A stand-in that answers like ``mlc_llm convert_weight``, with what was made before it was there."""
+    made = export_mlc(tiny_model_dir, tmp_path / "made", "t", "q4f16_1", compile_cpu=False)
+    cache = json.loads((made / "tensor-cache.json").read_text())
+    if damage == "bit":
+        path = made / cache["records"][-1]["dataPath"]
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+    if damage == "missing":
+        cache["records"][0]["records"].pop(0)
+        (made / "tensor-cache.json").write_text(json.dumps(cache))
+    stand_in = tmp_path / "bin" / "mlc_llm"
+    stand_in.parent.mkdir()
+    stand_in.write_text(
+        f"#!/bin/sh\n[ '{damage}' = fails ] && echo 'no such model type' >&2 && exit 3\n"
+        f'[ "$1 $3 $4 $5" = \'convert_weight --quantization q4f16_1 -o\' ] && cp -r {made} "$6"\n'
+    )
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", str(stand_in.parent), prepend=os.pathsep)
+    lines: list[str] = []
+
+    def export() -> Path:
+        return export_mlc(
+            tiny_model_dir, tmp_path / "out", "t", "q4f16_1", compile_cpu=False, progress=lines.append
+        )
+
+    if not damage:
+        assert (export() / "tensor-cache.json").read_bytes() == (made / "tensor-cache.json").read_bytes()
+        assert any("comparing with" in line for line in lines)
+        return
+    sentence = {
+        "bit": r"the tensor \S+ in q4f16_1 is .* here and .* by .*mlc_llm",
+        "missing": r"the tensor model.embed_tokens.q_weight in q4f16_1 is .* and missing by",
+        "fails": r"mlc_llm convert_weight fails \(no such model type\)",
+    }[damage]
+    with pytest.raises(ExportError, match=sentence):
+        export()
+    assert not (tmp_path / "out").exists()
