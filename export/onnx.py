@@ -9,6 +9,7 @@ Layout::
     config.json, generation_config.json, tokenizer.json, tokenizer_config.json (chat template inside)
     genai_config.json            names the smallest of the graphs, which ONNX Runtime GenAI then runs
     onnx/model.onnx              fp32
+    onnx/model_fp16.onnx         fp16: half the bytes, computes in float32 (transformers.js: dtype "fp16")
     onnx/model_quantized.onnx    int8 (transformers.js: dtype "q8")
     onnx/model_q4.onnx           int4 (transformers.js: dtype "q4")
 """
@@ -39,9 +40,17 @@ from export.quantizations import ONNX as FILE_NAMES
 # Blocks of 32 because the file is a seventh smaller.
 BUILDER_OPTIONS: dict[str, tuple[str, ...]] = {
     "fp32": (),
+    "fp16": (),
     "int8": ("block_size=32",),
     "int4": ("algo_config=k_quant_mixed", "block_size=32"),
 }
+
+BUILT_AS = {"fp16": "fp32"}
+"""The builder's precision where it is not ours: its own float16 graphs are for GPUs alone."""
+
+HALVED_FROM = 1024
+"""Elements of a float32 tensor that is stored in float16, in all but the fp32 graph: embeddings, matrices and
+the scales of blocks (a bit per weight of blocks of 32). Norms, which are smaller, stay as they are."""
 
 # A protocol buffer ends at 2 GiB; larger graphs keep their weights in a second file.
 LARGEST_SINGLE_FILE = 1_900_000_000
@@ -63,7 +72,7 @@ def export_onnx(
         model_dir: Hugging Face folder with config, safetensors and tokenizer.
         output_dir: the folder to make; it appears only when it is complete. Must not exist or be empty.
         name: the model's name, recorded as ``_name_or_path`` of ``config.json``.
-        precisions: any of ``fp32``, ``int8``, ``int4``, in any order.
+        precisions: any of ``fp32``, ``fp16``, ``int8``, ``int4``, in any order.
         progress: told one sentence at each step.
         threads: CPU threads of the builder.
         log: file that keeps what the builder writes.
@@ -93,6 +102,8 @@ def export_onnx(
             genai_config = json.loads((built[precision] / "genai_config.json").read_text(encoding="utf-8"))
             _check_rope(graph, config, model_dir)
             _fix_cache_dimensions(graph, int(genai_config["model"]["decoder"]["head_size"]))
+            if precision != "fp32":
+                _store_as_half(graph)
             _save_graph(graph, folder / "onnx" / FILE_NAMES[precision])
             (built[precision] / "model.onnx.data").unlink(missing_ok=True)  # free the disk early
         default = [precision for precision in FILE_NAMES if precision in built][-1]
@@ -127,7 +138,16 @@ def _check_arguments(model_dir: Path, output_dir: Path, precisions: Sequence[str
 
 def _run_builder(model_dir: Path, output_dir: Path, precision: str, threads: int, log: Path | None) -> None:
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
-    command += ["-i", str(model_dir), "-o", str(output_dir), "-p", precision, "-e", "cpu"]
+    command += [
+        "-i",
+        str(model_dir),
+        "-o",
+        str(output_dir),
+        "-p",
+        BUILT_AS.get(precision, precision),
+        "-e",
+        "cpu",
+    ]
     command += ["-c", str(output_dir.parent / "cache")]
     command += ["--extra_options", "hf_token=false", *BUILDER_OPTIONS[precision]]
     environment = os.environ | {
@@ -172,6 +192,25 @@ def _fix_cache_dimensions(graph: onnx.ModelProto, head_size: int) -> None:
             dimension = value.type.tensor_type.shape.dim[3]
             dimension.Clear()
             dimension.dim_value = head_size
+
+
+def _store_as_half(graph: onnx.ModelProto) -> None:
+    """Keeps large float32 tensors in float16, each with a Cast behind it, which a runtime folds away when it
+    loads the file: the same arithmetic, in float32, on rounded numbers."""
+    casts = []
+    for tensor in graph.graph.initializer:
+        rotation = tensor.name in ("cos_cache", "sin_cache")
+        if tensor.data_type != onnx.TensorProto.FLOAT or rotation or np.prod(tensor.dims) < HALVED_FROM:
+            continue
+        values = onnx.numpy_helper.to_array(tensor)
+        if np.abs(values).max() > np.finfo(np.float16).max:
+            continue
+        name, half = tensor.name, f"{tensor.name}_f16"
+        tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float16), half))
+        casts.append(onnx.helper.make_node("Cast", [half], [name], f"{name}_cast", to=onnx.TensorProto.FLOAT))
+    nodes = list(graph.graph.node)
+    del graph.graph.node[:]
+    graph.graph.node.extend([*casts, *nodes])
 
 
 def _save_graph(graph: onnx.ModelProto, path: Path) -> None:

@@ -35,5 +35,10 @@ MLC_LIBRARIES = {
 """What MLC model libraries are compiled for, and their files' suffixes: one that this machine can load, and
 the objects that a toolchain for that system links."""
 
-ONNX = {"fp32": "model.onnx", "int8": "model_quantized.onnx", "int4": "model_q4.onnx"}
+ONNX = {
+    "fp32": "model.onnx",
+    "fp16": "model_fp16.onnx",
+    "int8": "model_quantized.onnx",
+    "int4": "model_q4.onnx",
+}
 """Precisions and their file names, from the largest to the smallest file."""

@@ -58,7 +58,7 @@ HUB_LICENCES = frozenset((
 ))
 # fmt: on
 
-JAVASCRIPT_DTYPES = {"fp32": "fp32", "int8": "q8", "int4": "q4"}
+JAVASCRIPT_DTYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8", "int4": "q4"}
 """What transformers.js calls the precisions of the ONNX files."""
 
 

@@ -68,14 +68,18 @@ def exported(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     (source / "generation_config.json").write_text(json.dumps(generation))
     folder = source.parent / "tiny-ONNX"
     steps: list[str] = []
-    paths = export_onnx(source, folder, "tiny", ["int4", "fp32", "int8"], progress=steps.append, threads=1)
-    assert [path.name for path in paths] == ["model_q4.onnx", "model.onnx", "model_quantized.onnx"]
-    assert len(steps) == 3
+    paths = export_onnx(
+        source, folder, "tiny", ["int4", "fp32", "fp16", "int8"], progress=steps.append, threads=1
+    )
+    assert [path.name for path in paths] == [FILE_NAMES[each] for each in ("int4", "fp32", "fp16", "int8")]
+    assert len(steps) == 4
     assert sorted(entry.name for entry in source.parent.iterdir()) == ["source", "tiny-ONNX"]
     return folder
 
 
-@pytest.mark.parametrize(("precision", "largest_kl"), [("fp32", 1e-9), ("int8", 0.004), ("int4", 0.1)])
+@pytest.mark.parametrize(
+    ("precision", "largest_kl"), [("fp32", 1e-9), ("fp16", 1e-5), ("int8", 0.004), ("int4", 0.1)]
+)
 def test_logits_are_those_of_torch(exported, tiny_model_dir, token_ids, precision, largest_kl):
     runtime = OnnxRuntime(exported / "onnx" / FILE_NAMES[precision])
     expected = torch_logits(tiny_model_dir, token_ids)
@@ -208,3 +212,23 @@ def test_bad_input_gets_a_sentence_and_leaves_nothing(tiny_model_dir, tmp_path):
     with pytest.raises(ExportError, match="cannot be loaded in ONNX Runtime"):
         OnnxRuntime(source / "model.onnx")
     assert [entry.name for entry in tmp_path.iterdir()] == ["source"]
+
+
+def test_large_floats_are_kept_in_half_and_computed_in_single(exported: Path) -> None:
+    sizes = {}
+    for precision, file in FILE_NAMES.items():
+        graph = onnx.load(exported / "onnx" / file).graph
+        floats = [
+            tensor
+            for tensor in graph.initializer
+            if tensor.data_type == onnx.TensorProto.FLOAT and not tensor.name.endswith("_cache")
+        ]
+        sizes[precision] = sum(int(np.prod(tensor.dims)) for tensor in floats)
+        halves = {tensor.name for tensor in graph.initializer if tensor.name.endswith("_f16")}
+        assert halves == {node.input[0] for node in graph.node if node.op_type == "Cast"} & halves
+        assert all(value.type.tensor_type.elem_type != onnx.TensorProto.FLOAT16 for value in graph.input)
+    # Nine norms of 128 are left, and what is smaller still.
+    assert sizes["fp16"] < 1500 < sizes["fp32"]
+    assert max(sizes["int8"], sizes["int4"]) < 3000
+    file = exported / "onnx"
+    assert (file / "model_fp16.onnx").stat().st_size < 0.6 * (file / "model.onnx").stat().st_size
