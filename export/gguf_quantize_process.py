@@ -7,7 +7,6 @@ from typing import Any
 import llama_cpp
 from safetensors.numpy import load_file
 
-
 BUFFER = 64 * 2**20
 """Bytes of rows that llama.cpp holds at a time; by default it takes a whole tensor in float32, 0.9 GB of a
 vocabulary of 152,000. The file is the same."""

@@ -151,7 +151,7 @@ def _add_model_function(
             x = caller.call(kernels.add_kernel(a.hidden_size), "add", [x, y], [tokens, a.hidden_size])
         rows: Any = tokens
         if positions == "given":
-            x, rows = builder.emit(relax.op.take(x, where[0], axis=0)), asked
+            x, rows = builder.emit(relax.op.take(x, where[0], axis=0, mode="clip")), asked
         elif positions == "last":
             x, rows = caller.call(kernels.last_kernel(a.hidden_size), "last", [x], [1, a.hidden_size]), 1
         x = caller.norm(x, "model.norm.weight", rows)
