@@ -81,6 +81,7 @@ def stage_names(plan: Recipe) -> list[str]:
         *(["control"] if plan.distill.control else []),
         *(["pretrain"] if plan.pretrain is not None else []),
         "instruct",
+        *(["importance matrix"] if importance_matrix.wanted(plan) else []),
         *(f"{step} {name}" for step in ("export", "validate", "bench") for name in formats),
         "release",
     ]

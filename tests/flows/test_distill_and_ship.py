@@ -56,6 +56,7 @@ def test_ship_fails_at_a_gate_then_goes_on_and_computes_nothing_twice(
     assert {path.stem for path in logs.iterdir()} == {
         "export-gguf",
         "validate-reference",
+        "validate-gguf-f16",
         "validate-gguf-q8_0",
         "bench-gguf-q8_0",
     }
@@ -64,6 +65,16 @@ def test_ship_fails_at_a_gate_then_goes_on_and_computes_nothing_twice(
     assert states["Completed"] >= 2
     assert any("mean_kl" in message for message in states["Failed"])
     assert {"fidelity", "device", "release"} <= artifacts
+
+
+def test_an_importance_matrix_is_a_stage_of_its_own(
+    tiny_recipe: dict[str, Any], write_recipe: Callable[[dict[str, Any]], Path]
+) -> None:
+    without = stage_names(load_recipe(write_recipe(tiny_recipe)))
+    tiny_recipe["export"] |= {"importance_matrix": "calibration", "gguf": ["q8_0", "q4_0"]}
+    with_matrix = stage_names(load_recipe(write_recipe(tiny_recipe)))
+    place = without.index("export gguf")
+    assert with_matrix == [*without[:place], "importance matrix", *without[place:]]
 
 
 async def what_prefect_knows() -> tuple[dict[str, Any], set[str | None]]:
