@@ -227,8 +227,8 @@ def test_large_floats_are_kept_in_half_and_computed_in_single(exported: Path) ->
         halves = {tensor.name for tensor in graph.initializer if tensor.name.endswith("_f16")}
         assert halves == {node.input[0] for node in graph.node if node.op_type == "Cast"} & halves
         assert all(value.type.tensor_type.elem_type != onnx.TensorProto.FLOAT16 for value in graph.input)
-    # Nine norms of 128 are left, and what is smaller still.
+    # Nine norms of 128 are left, and scales of small matrices: fewer than 1,024 elements each.
     assert sizes["fp16"] < 1500 < sizes["fp32"]
-    assert max(sizes["int8"], sizes["int4"]) < 3000
+    assert max(sizes["int8"], sizes["int4"]) < 4000
     file = exported / "onnx"
     assert (file / "model_fp16.onnx").stat().st_size < 0.6 * (file / "model.onnx").stat().st_size
