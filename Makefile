@@ -2,6 +2,7 @@
 # make test    set up .venv and run all tests
 # make bench   set up .venv and run the benchmarks to benchmark-results/ (half an hour)
 # make check   format, lint, types, import rules
+# make page    build the web page that goes into every release (part of setting up)
 # make docs    build the site of docs/ into site/
 # make clean   remove what was computed; make distclean removes .venv, too
 
@@ -10,10 +11,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ENVIRONMENT := $(VENV)/.complete
+PAGE := web/dist/index.html
 
 BENCHMARKS := step loss harness_overhead mlc_speed tinyswallow_shape
 
-.PHONY: ship test bench check docs environment clean distclean
+.PHONY: ship test bench check docs environment page clean distclean
 
 ship: environment
 	$(BIN)/martlet ship $(RECIPE)
@@ -33,7 +35,9 @@ check: environment
 docs: environment
 	$(BIN)/mkdocs build --strict
 
-environment: $(ENVIRONMENT)
+environment: $(ENVIRONMENT) $(PAGE)
+
+page: $(PAGE)
 
 # constraints.txt is the whole lock, so nothing is left for pip to resolve: --no-deps, then a check that the
 # lock is complete. llama-cpp-python compiles llama.cpp, here without the parts that martlet never loads.
@@ -47,8 +51,16 @@ $(ENVIRONMENT): pyproject.toml constraints.txt .ci/lean_llama_cpp.cmake export/c
 	$(BIN)/python -m export.converter
 	touch $@
 
+# A machine without Node.js still ships, without the page: no file is made then, so the next make tries again.
+$(PAGE): web/package.json web/package-lock.json web/build.mjs $(wildcard web/src/*)
+	@if command -v npm >/dev/null && node -e 'process.exit(parseInt(process.versions.node) < 18 ? 1 : 0)'; then \
+	    cd web && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error && node build.mjs; \
+	else \
+	    echo "martlet: no Node.js 18 or later with npm: releases will have no web page (apt-get install nodejs npm)" >&2; \
+	fi
+
 clean:
 	rm -rf site store release release-smoke logs benchmark-results .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 distclean: clean
-	rm -rf $(VENV) *.egg-info
+	rm -rf $(VENV) *.egg-info web/node_modules web/dist

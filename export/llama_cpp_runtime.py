@@ -24,11 +24,15 @@ BATCH = 512
 
 @llama_cpp.llama_log_callback
 def _only_errors(level: int, text: bytes, user_data: Any) -> None:
+    line = text.decode(errors="replace").strip()
     if level == 4:  # GGML_LOG_LEVEL_ERROR
-        _errors.append(text.decode(errors="replace").strip())
+        _errors.append(line)
+    elif "model buffer size" in line:  # "load_tensors:   CPU_REPACK model buffer size =    60.20 MiB"
+        _buffers.append(line.partition(":")[2].replace("model buffer size =", "").strip())
 
 
 _errors: list[str] = []
+_buffers: list[str] = []
 
 
 class LlamaCppRuntime:
@@ -49,6 +53,7 @@ class LlamaCppRuntime:
         self._path = Path(path)
         llama_cpp.llama_log_set(_only_errors, ctypes.c_void_p(0))
         _errors.clear()
+        _buffers.clear()
         llama_cpp.llama_backend_init()
         parameters = llama_cpp.llama_model_default_params()
         parameters.n_gpu_layers = 0
@@ -56,6 +61,10 @@ class LlamaCppRuntime:
         if not self._model:
             reason = _errors[0] if _errors else "no reason given"
             raise ExportError(f"{path}: llama.cpp cannot load this file ({reason}).")
+        flags = llama_cpp.llama_print_system_info().decode().removeprefix("CPU :").split("|")
+        built_with = [flag.split("=")[0].strip() for flag in flags if flag.strip().endswith("= 1")]
+        places = [" ".join(buffer.split()) for buffer in _buffers]
+        self.backend = f"{', '.join(built_with)}; weights in {', '.join(places)}"
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self.trained_context_length = llama_cpp.llama_model_n_ctx_train(self._model)
         self.context_length = context_length or min(self.trained_context_length, MAXIMUM_CONTEXT)

@@ -67,6 +67,7 @@ class MlcRuntime:
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ExportError(f"{path}: library or weights cannot be loaded ({reason}).") from error
+        self.backend = f"{library.name}, tvm {tvm.__version__}"
         architecture = self.metadata["architecture"]
         self._embedding_rows = int(architecture["vocabulary_size"])
         for key, compiled in (

@@ -52,6 +52,7 @@ class OnnxRuntime:
             )
         except Exception as error:  # ONNX Runtime raises many types of its own
             raise ExportError(f"{path}: cannot be loaded in ONNX Runtime ({error}).") from error
+        self.backend = f"{', '.join(self.session.get_providers())}, onnxruntime {onnxruntime.__version__}"
         inputs = {value.name: value for value in self.session.get_inputs()}
         if "past_key_values.0.key" not in inputs or "input_ids" not in inputs:
             raise ExportError(f"{path}: is no decoder with a key-value cache; export it with export.onnx.")

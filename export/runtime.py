@@ -17,6 +17,7 @@ class Runtime(Protocol):
     """
 
     name: str  # "torch", "llama.cpp", "onnxruntime-genai", "onnxruntime", "tvm"
+    backend: str  # what it runs on, in its own words: instruction sets, where the weights lie
     vocabulary_size: int
     context_length: int  # tokens that the cache holds now
     trained_context_length: int  # tokens that the file says the model can hold

@@ -47,6 +47,7 @@ class TorchRuntime:
         except Exception as error:
             reason = " ".join(str(error).split())
             raise ExportError(f"{path}: cannot be loaded in transformers ({reason}).") from error
+        self.backend = f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
         self.model.eval().requires_grad_(False)
         self.trained_context_length = int(config.max_position_embeddings)
         self.context_length = context_length or self.trained_context_length

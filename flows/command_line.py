@@ -326,6 +326,22 @@ def chat(
     converse(open_runtime(found, threads), max_tokens, temperature, seed)
 
 
+@app.command()
+def phone(
+    release: Annotated[Path, typer.Argument(help="Release folder.")] = Path("release"),
+    lan: Annotated[bool, typer.Option("--lan", help="Let one device of the local network in.")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0 takes a free one.")] = 8443,
+    address: Annotated[str | None, typer.Option(help="This machine's address in that network.")] = None,
+) -> None:
+    """Try a release in a browser or on a phone, which sends back how fast it is.
+
+    Example: martlet phone release --lan
+    """
+    from pipeline.phone import serve
+
+    serve(release, lan=lan, port=port, say=lambda line: print(line, flush=True), address=address)
+
+
 def check_recipe_file(path: Path) -> Any:
     """Loads a recipe and checks the files that it names."""
     from pipeline.check import check_recipe

@@ -248,6 +248,17 @@ class Bench(Section):
     prompt_tokens: int = Field(128, ge=1)
     generated_tokens: int = Field(32, ge=1)
     repetitions: int = Field(5, ge=1)
+    thread_sweep: list[Annotated[int, Field(ge=1)]] = Field(
+        default=[], description="Numbers of threads that speed is measured with beside ``threads``."
+    )
+    depths: list[Annotated[int, Field(ge=0)]] = Field(
+        default=[], description="Tokens in the cache already when decoding starts, for instance 0, 512, 2048."
+    )
+    cold_start: bool = Field(True, description="Also time the first token from a file not in the page cache.")
+    profiles: list[str] = Field(
+        default=[], description="Device profiles (profiles/*.yaml) to run each file under."
+    )
+    timeout_s: float = Field(1800, gt=0, description="Seconds that one measurement of one file may take.")
     max_cpu_pressure: float = Field(
         20.0,
         ge=0,
@@ -366,6 +377,9 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
     return recipe.model_copy(
         update={
             "data": Data(text=text, chats=chats),
+            "bench": recipe.bench.model_copy(
+                update={"profiles": [str((folder / p).resolve()) for p in recipe.bench.profiles]}
+            ),
             "teacher": recipe.teacher.model_copy(update={"model": resolve_model(recipe.teacher.model)}),
             "student": recipe.student.model_copy(update={"model": resolve_model(recipe.student.model)}),
             "export": recipe.export.model_copy(update={"importance_matrix": matrix}),

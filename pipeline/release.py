@@ -16,7 +16,7 @@ from typing import Any
 from export.errors import ExportError
 from export.mlc import conversation_template
 from export.ollama import LONGEST_CONTEXT, modelfile
-from pipeline import cards, report
+from pipeline import cards, report, web
 from pipeline.artifacts import Artifact, Store, sha256_of_file, sha256_of_json, write_json
 from pipeline.errors import UserError
 from pipeline.models import load_tokenizer
@@ -58,11 +58,13 @@ def run(
     """
     root = Path(release_root).resolve()
     content = sha256_of_json({role: artifact.digest for role, artifact in artifacts.items()})
-    identity = sha256_of_json([content, recipe.model_dump(mode="json", by_alias=True), SCHEMA, VERSION])
+    identity = sha256_of_json(
+        [content, recipe.model_dump(mode="json", by_alias=True), SCHEMA, VERSION, web.digest()]
+    )
     problems: list[str] = []
     try:
         if root.exists() and (not root.is_dir() or any(root.iterdir())):
-            manifest = _read_manifest(root)
+            manifest = read_manifest(root)
             if manifest is None:
                 raise UserError(
                     f"{root}: exists and is no release of martlet; give another folder or remove it."
@@ -86,6 +88,16 @@ def run(
                 gguf = f"{recipe.name.lower()}-instruct-{recipe.export.gguf[-1]}.gguf"
                 text = _modelfile(artifacts["instruct"].path / "model", gguf)
                 (folder / f"{recipe.name}-Instruct-GGUF" / MODELFILE).write_text(text, encoding="utf-8")
+            listings = {
+                format: json.loads((artifacts[format].path / "files.json").read_text(encoding="utf-8"))
+                for format in ("gguf", "onnx")
+                if format in artifacts
+            }
+            if not web.lay_out(folder, f"{recipe.name}-Instruct", listings):
+                store.report(
+                    "release: laid out without its web page, because web/dist is not built; install Node.js "
+                    "18 or later with npm and run make page"
+                )
             write_json(folder / "report.json", facts)
             (folder / "report.html").write_text(report.render(facts), encoding="utf-8")
             write_json(folder / MANIFEST, _manifest(folder, identity, recipe, artifacts, made_from))
@@ -115,7 +127,7 @@ def verify(root: Path) -> list[str]:
         UserError: the folder has no readable manifest.
     """
     root = Path(root)
-    manifest = _read_manifest(root)
+    manifest = read_manifest(root)
     if manifest is None:
         raise UserError(f"{root / MANIFEST}: is missing or no manifest of martlet; give a release folder.")
     problems = []
@@ -133,7 +145,7 @@ def verify(root: Path) -> list[str]:
     return problems
 
 
-def _read_manifest(root: Path) -> dict[str, Any] | None:
+def read_manifest(root: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
         entries = manifest["files"].values()

@@ -86,6 +86,8 @@ def collect(
         else None,
         "merge": read("instruct", "evaluation.json")["merge"],
         "device": [entry for name in formats for entry in read(f"device_{name}", "device.json")],
+        # Filled by martlet phone, when devices send what they measured.
+        "phones": [],
         "tensor_types": {
             Path(entry["path"]).name: entry["tensor_types"] for entry in files if entry["tensor_types"]
         },
@@ -145,7 +147,7 @@ def render(facts: dict[str, Any]) -> str:
 
 
 def page_environment() -> jinja2.Environment:
-    """Templates of the project's pages, with the filters ``size``, ``number`` and ``percent``."""
+    """Templates of the project's pages, with the filters ``device``, ``size``, ``number`` and ``percent``."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pipeline", "templates"),
         autoescape=True,
@@ -153,7 +155,12 @@ def page_environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"size": readable_size, "number": readable_number, "percent": readable_percent}
+    environment.filters |= {
+        "device": readable_device,
+        "size": readable_size,
+        "number": readable_number,
+        "percent": readable_percent,
+    }
     return environment
 
 
@@ -187,6 +194,13 @@ def notes(facts: dict[str, Any]) -> list[str]:
             "their speeds are not to be trusted."
         )
     return sentences
+
+
+def readable_device(device: dict[str, Any]) -> str:
+    """A device that sent measurements, in a few words of its own."""
+    system = " ".join(part for part in (device["platform"], device["platform_version"]) if part)
+    words = [device["model"], system, f"{device['processors']} processors" if device["processors"] else None]
+    return ", ".join(word for word in words if word) or device["user_agent"]
 
 
 def reasons(facts: dict[str, Any]) -> list[str]:

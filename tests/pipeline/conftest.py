@@ -1,12 +1,12 @@
 """Fixtures of the stages' tests: recipes made of values, a tiny teacher in a store, and the real one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline import teacher
+from pipeline import teacher, web
 from pipeline.artifacts import Artifact, Store
 from pipeline.recipe import Recipe
 
@@ -49,6 +49,15 @@ def make_recipe(tiny_model_dir: Path) -> Callable[..., Recipe]:
         return recipe_of(model, **changes)
 
     return make
+
+
+@pytest.fixture(autouse=True, scope="session")
+def without_page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Releases of these tests have no web page, whether it was built here or not: it is 40 MB to copy and to
+    hash. tests/web has it, and test_phone.py a small one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(web, "BUILT", tmp_path_factory.mktemp("no-page"))
+        yield
 
 
 @pytest.fixture

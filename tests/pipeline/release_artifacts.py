@@ -270,6 +270,41 @@ def _add_format(add: Any, format: str, entries: list[tuple[str, str, str, int, f
                 "peak_rss_bytes": 41_000_000 + size * 1_000,
                 "cpu_pressure": 3.2,
                 "repetitions": 5,
+                "processors_busy": 0.99,
+                "backend": "AVX2, FMA, REPACK; weights in CPU_Mapped 80.05 MiB",
+                "pss_bytes": 30_000_000 + size * 1_000,
+                "bytes_read_per_token": size * 1_000,
+                "memory_bytes_per_s": 11.5e9,
+                "bandwidth_utilisation": size * 1_000 * speed / 11.5e9,
+                "cold_start": {
+                    "load_s": 0.9,
+                    "first_token_s": 1.7,
+                    "read_bytes": size * 1_000,
+                    "cold": format != "mlc",
+                },
+                "thread_sweep": [
+                    {
+                        "threads": 2,
+                        "prefill_tokens_per_s": speed * 7,
+                        "prefill_std": 4.1,
+                        "decode_tokens_per_s": speed * 1.7,
+                        "decode_std": 0.9,
+                        "processors_busy": 1.94,
+                        "reliable": True,
+                    }
+                ],
+                "profiles": [
+                    {
+                        "profile": "small phone",
+                        "memory_mb": 768,
+                        "processors": 1.0,
+                        "status": "failed" if format == "onnx" else "passed",
+                        "reason": "It needs more than 768 MB and was killed." if format == "onnx" else None,
+                        "first_token_s": None if format == "onnx" else 2.1,
+                        "decode_tokens_per_s": None if format == "onnx" else speed,
+                    }
+                ],
+                "depths": [{"depth": 512, "decode_tokens_per_s": speed * 0.8, "decode_std": 0.4}],
                 "reliable": True,
             }
         )

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 from export.errors import ExportError
-from pipeline import bench
+from pipeline import bench, cgroups
 from pipeline.artifacts import Artifact, Store, write_json
-from pipeline.bench_worker import cpu_stall_seconds, measure
+from pipeline.bandwidth import bytes_read_per_token, read_bandwidth
+from pipeline.bench_worker import cpu_stall_seconds, disk_bytes, evict, files_of, measure, measure_depths
 from pipeline.errors import UserError
 from pipeline.memory import memory
+from pipeline.profiles import load_profile
 from pipeline.recipe import Recipe
 
 PROMPT, GENERATED, REPETITIONS = 24, 8, 3
@@ -85,6 +87,12 @@ def test_a_file_is_measured_once(inputs: dict[str, Any]) -> None:
     assert 0 < entry["cpu_seconds_per_token"] < 2 * wall / (REPETITIONS * (PROMPT + GENERATED))
     assert entry["peak_rss_bytes"] >= entry["rss_anon_bytes"] > entry["rss_anon_before_load_bytes"] > 0
     assert entry["rss_file_bytes"] > 0
+    # One thread keeps at most one processor busy, its interpreter's helpers aside.
+    assert 0 < entry["processors_busy"] < 1.6
+    assert entry["pss_bytes"] > entry["rss_anon_bytes"] / 2
+    assert (entry["bytes_read_per_token"], entry["bandwidth_utilisation"]) == (None, None)
+    assert 1e8 < entry["memory_bytes_per_s"] < 1e12
+    assert "torch" in entry["backend"]
     assert entry["reliable"] is (entry["cpu_pressure"] is not None)
     again, _ = run(inputs, recipe())
     assert again.cached
@@ -114,6 +122,142 @@ def test_a_file_that_cannot_run_is_a_user_error(inputs: dict[str, Any]) -> None:
     broken = inputs | {"exported": inputs["store"].get_or_make("export_gguf", 1, {}, {}, export)}
     with pytest.raises(UserError, match=r"^tiny\.gguf: cannot be measured \(.*llama\.cpp cannot load"):
         run(broken, recipe())
+
+
+def test_sweep_depths_and_cold_start_are_measured_when_asked_for(inputs: dict[str, Any]) -> None:
+    _, (entry,) = run(inputs, recipe(thread_sweep=[2], depths=[0, 200], repetitions=1, cold_start=True))
+    (two,) = entry["thread_sweep"]
+    assert two["threads"] == 2
+    assert two["decode_tokens_per_s"] > 0
+    assert [point["depth"] for point in entry["depths"]] == [0, 200]  # deeper than the held-out text is long
+    assert all(point["decode_tokens_per_s"] > 0 for point in entry["depths"])
+    cold = entry["cold_start"]
+    assert 0 < cold["load_s"] < cold["first_token_s"]
+    if cold["cold"]:
+        assert cold["read_bytes"] > 1_000_000
+
+
+def test_profiles_decide_by_what_a_file_does_within_them(inputs: dict[str, Any], tmp_path: Path) -> None:
+    try:
+        with cgroups.limited(64 << 20, 1.0):
+            pass
+    except cgroups.Unavailable as problem:
+        pytest.skip(f"no control groups here: {problem}")
+    budget = "processors: 1.5\nthreads: 1\nprompt_tokens: 4\ngenerated_tokens: 2\n"
+    profiles = {
+        "enough": "memory_mb: 4096\nmin_decode_tokens_per_s: 0.001\n",
+        "slow": "memory_mb: 4096\nmin_decode_tokens_per_s: 1.0e+9\n",
+        "tight": "memory_mb: 24\nmin_decode_tokens_per_s: 0.001\n",
+    }
+    paths = []
+    for name, lines in profiles.items():
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(f"name: {name}\n{lines}{budget}")
+        paths.append(str(path))
+    _, (entry,) = run(inputs, recipe(profiles=paths, repetitions=1, cold_start=False))
+    found = {result["profile"]: result for result in entry["profiles"]}
+    assert found["enough"]["status"] == "passed"
+    assert found["enough"]["first_token_s"] > 0
+    assert found["slow"]["status"] == "failed"
+    assert "at least 1e+09 are asked for" in found["slow"]["reason"]
+    assert (found["tight"]["status"], found["tight"]["decode_tokens_per_s"]) == ("failed", None)
+    assert "more than 24 MB and was killed" in found["tight"]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("name: x\nmemory_mb: 8\n", "memory_mb"),
+        ("name: x\nsurprise: 1\n", "memory_mb|surprise"),
+        ("- a list", "mapping"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_a_wrong_profile_is_a_user_error(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "profile.yaml").write_text(text)
+    with pytest.raises(UserError, match=said):
+        load_profile(tmp_path / "profile.yaml")
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "profiles").glob("*.yaml")))
+def test_profiles_of_the_project_are_valid(path: Path) -> None:
+    load_profile(path)
+
+
+def test_a_measurement_that_takes_too_long_ends(inputs: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"tiny: took longer than bench\.timeout_s, 0\.01 s"):
+        run(inputs, recipe(timeout_s=0.01))
+
+
+def test_a_depth_fills_the_cache_before_decoding(tiny_model_dir: Path) -> None:
+    shallow, deep = measure_depths(tiny_model_dir, list(range(3, 67)), [1, 450], 4, 3, 1)
+    assert shallow["depth"] == 1
+    assert deep["decode_tokens_per_s"] > 0
+    with pytest.raises(ExportError):
+        measure_depths(tiny_model_dir, [3, 4], [100_000], 4, 1, 1)
+
+
+def test_weights_read_per_token_leave_out_an_embedding_that_is_only_looked_up(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+
+    def write(name: str, tensors: dict[str, np.ndarray]) -> Path:
+        writer = gguf.GGUFWriter(tmp_path / name, "llama")
+        for key, value in tensors.items():
+            writer.add_tensor(key, value)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return tmp_path / name
+
+    embedding, block = np.ones((64, 32), np.float32), np.ones((32, 32), np.float16)
+    tied = write("tied.gguf", {"token_embd.weight": embedding, "blk.0.attn_q.weight": block})
+    assert bytes_read_per_token(tied) == embedding.nbytes + block.nbytes
+    untied = write(
+        "untied.gguf", {"token_embd.weight": embedding, "output.weight": embedding, "blk.0.ffn.weight": block}
+    )
+    assert bytes_read_per_token(untied) == embedding.nbytes + block.nbytes
+
+
+def test_weights_read_per_token_of_an_onnx_graph(tmp_path: Path) -> None:
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    embedding = numpy_helper.from_array(np.ones((64, 32), np.float32), "embedding")
+    head = numpy_helper.from_array(np.ones((32, 64), np.float32), "head")
+    graph = helper.make_graph(
+        [
+            helper.make_node("Gather", ["embedding", "ids"], ["hidden"]),
+            helper.make_node("MatMul", ["hidden", "head"], ["logits"]),
+        ],
+        "decoder",
+        [helper.make_tensor_value_info("ids", TensorProto.INT64, [1])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, 64])],
+        [embedding, head],
+    )
+    onnx.save(helper.make_model(graph), tmp_path / "model.onnx")
+    assert bytes_read_per_token(tmp_path / "model.onnx") == 32 * 64 * 4
+
+
+def test_bandwidth_is_that_of_memory() -> None:
+    # No processor that runs this reads less than 0.1 or more than 1000 GB/s.
+    assert 1e8 < read_bandwidth(1, passes=2) < 1e12
+
+
+def test_an_evicted_file_is_read_from_disk_again(tmp_path: Path) -> None:
+    file = tmp_path / "model.onnx"
+    file.write_bytes(os.urandom(8 << 20))
+    (tmp_path / "model.onnx_data").write_bytes(b"more")
+    assert files_of(file) == [file, tmp_path / "model.onnx_data"]
+    evict(file)
+    before = disk_bytes()
+    if before is None:
+        pytest.skip("the kernel does not count what a process reads from disk")
+    file.read_bytes()
+    read = disk_bytes() - before  # type: ignore[operator]
+    if read == 0:
+        pytest.skip("this file system keeps its pages in memory")
+    assert read >= 4 << 20
 
 
 def test_one_repetition_has_no_spread(tiny_model_dir: Path) -> None:
