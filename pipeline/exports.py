@@ -10,7 +10,7 @@ from pipeline.artifacts import Artifact, Store, write_json
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 
-VERSION = 3
+VERSION = 4
 FORMATS = ("gguf", "mlc", "onnx")
 
 
