@@ -3,8 +3,8 @@
 Shapes: T tokens of a call, C capacity of the cache, H hidden width, Q and G query and key-value heads, D
 width of a head, N and K output and input width of a matrix.
 
-``decode`` is called with one token and uses matrix-vector kernels whose eight lanes are the eight nibbles of
-a word. ``prefill`` and ``forward`` take any number of tokens and use a blocked kernel that dequantizes a
+``decode`` is called with one token and uses matrix-vector kernels, which take the nibbles of eight bytes at a
+time. ``prefill`` and ``forward`` take any number of tokens and use a blocked kernel that dequantizes a
 panel of sixteen rows once and multiplies four tokens at a time. Kernels are cached: reading TVMScript is the
 slowest part of building a module, and all layers call the same ones.
 """
@@ -239,6 +239,7 @@ def _emit_function(
             [input_ids, *embedding],
             [tokens, a.hidden_size],
         )
+        turns = call(turn_kernel(a), "turns", [input_ids, position], [tokens, 2, a.head_dim // 2])
         for number in range(a.layers):
             prefix = f"model.layers.{number}"
             y = norm(x, f"{prefix}.input_layernorm.weight", tokens)
@@ -249,7 +250,10 @@ def _emit_function(
                 qkv = call(kernel, "add_bias", [qkv, by_name[f"{attention}.bias"]], [tokens, qkv_width])
             keys, values = caches[2 * number], caches[2 * number + 1]
             q = call(
-                rope_kernel(a), "rope_and_store", [qkv, position, keys, values], [tokens, a.heads, a.head_dim]
+                rope_kernel(a),
+                "rope_and_store",
+                [qkv, turns, position, keys, values],
+                [tokens, a.heads, a.head_dim],
             )
             y = call(
                 attention_kernel(a), "attention", [q, position, keys, values], [tokens, a.heads * a.head_dim]
@@ -310,9 +314,7 @@ def vector_kernel(rows: int, columns: int, quantized: bool, dtype: str) -> tirx.
                             total[lane] = total[lane] + x[0, k * 8 + lane] * T.Cast(
                                 "float32", weight[row, k * 8 + lane]
                             )
-                    y[0, row] = (
-                        total[0] + total[1] + total[2] + total[3] + total[4] + total[5] + total[6] + total[7]
-                    )
+                    y[0, row] = sum_of_lanes(total)
 
         return plain
 
@@ -324,6 +326,10 @@ def vector_kernel(rows: int, columns: int, quantized: bool, dtype: str) -> tirx.
         y: T.Buffer((1, rows), "float32"),
     ):
         T.func_attr({"tirx.is_scheduled": True, "op_pattern": 8, "tirx.noalias": True})
+        # A byte holds an even nibble e and an odd one o, and is e + 16 o itself. So that the odd one need not
+        # be shifted out, x_e e + x_o o is taken as (e + 16 o) x_o / 16 + e (x_e - x_o / 16).
+        whole = T.alloc_buffer((columns // 2,), "float32")
+        lower = T.alloc_buffer((columns // 2,), "float32")
         # The sum of x (q - 7) over a group is the sum of x q, less seven times the sum of x, the same for
         # all rows.
         offset = T.alloc_buffer((columns // 32, 8), "float32")
@@ -331,6 +337,9 @@ def vector_kernel(rows: int, columns: int, quantized: bool, dtype: str) -> tirx.
             with T.sblock("offset"):
                 T.reads()
                 T.writes()
+                for byte in range(16):
+                    whole[g * 16 + byte] = x[0, g * 32 + byte * 2 + 1] * T.float32(1 / 16)
+                    lower[g * 16 + byte] = x[0, g * 32 + byte * 2] - whole[g * 16 + byte]
                 for lane in T.vectorized(8):
                     offset[g, lane] = T.float32(-7) * (
                         x[0, g * 32 + lane]
@@ -349,25 +358,40 @@ def vector_kernel(rows: int, columns: int, quantized: bool, dtype: str) -> tirx.
                 for g in range(columns // 32):
                     for lane in T.vectorized(8):
                         group[lane] = offset[g, lane]
-                    for word in T.unroll(4):
-                        for lane in T.vectorized(8):
-                            group[lane] = group[lane] + x[0, g * 32 + word * 8 + lane] * T.Cast(
-                                "float32",
-                                T.Cast(
-                                    "int32",
-                                    T.bitwise_and(
-                                        T.shift_right(weight[row, g * 4 + word], T.Cast("uint32", lane * 4)),
-                                        T.uint32(15),
-                                    ),
-                                ),
-                            )
+                    for half in T.unroll(2):
+                        group[T.Ramp(0, 1, 8)] = (
+                            load(group, 0, 8)
+                            + load(whole, g * 16 + half * 8, 8)
+                            * bytes_of_words(weight, row, g * 4 + half * 2, 255)
+                            + load(lower, g * 16 + half * 8, 8)
+                            * bytes_of_words(weight, row, g * 4 + half * 2, 15)
+                        )
                     for lane in T.vectorized(8):
                         total[lane] = total[lane] + group[lane] * T.Cast("float32", scale[row, g])
-                y[0, row] = (
-                    total[0] + total[1] + total[2] + total[3] + total[4] + total[5] + total[6] + total[7]
-                )
+                y[0, row] = sum_of_lanes(total)
 
     return four_bit
+
+
+def load(buffer: Any, start: Any, lanes: int) -> Any:
+    """A vector of neighbours in a buffer of one dimension."""
+    return buffer.vload([start], f"{buffer.dtype}x{lanes}")
+
+
+def bytes_of_words(weight: Any, row: Any, word: Any, mask: int) -> Any:
+    """The eight bytes of two words of a row, masked, as float32 [8]."""
+    values = T.Cast("int32x8", T.reinterpret("uint8x8", weight.vload([row, word], "uint32x2")))
+    if mask != 255:
+        values = T.bitwise_and(values, T.Broadcast(T.int32(mask), 8))
+    return T.Cast("float32x8", values)
+
+
+def sum_of_lanes(buffer: Any) -> Any:
+    """The sum of a buffer of eight."""
+    total = buffer[0]
+    for lane in range(1, 8):
+        total = total + buffer[lane]
+    return total
 
 
 @cache
@@ -423,21 +447,31 @@ def blocked_kernel(rows: int, columns: int, quantized: bool, dtype: str) -> tirx
                 T.writes()
                 w = T.alloc_buffer((columns, 16), "float32")
                 total = T.alloc_buffer((4, 16), "float32")
-                for column, word, lane in T.grid(16, columns // 8, 8):
-                    w[word * 8 + lane, column] = T.Cast(
-                        "float32",
-                        T.Cast(
-                            "int32",
-                            T.bitwise_and(
-                                T.shift_right(
-                                    weight[T.min(panel * 16 + column, rows - 1), word],
-                                    T.Cast("uint32", lane * 4),
-                                ),
-                                T.uint32(15),
-                            ),
-                        )
-                        - 7,
-                    ) * T.Cast("float32", scale[T.min(panel * 16 + column, rows - 1), word // 4])
+                scales = T.alloc_buffer((16,), "float32")
+                words = T.alloc_buffer((16,), "uint32")
+                # The sixteen rows' words side by side, so that the lanes of a vector are rows.
+                for g in range(columns // 32):
+                    for column in T.unroll(16):
+                        scales[column] = T.Cast("float32", scale[T.min(panel * 16 + column, rows - 1), g])
+                    for word in range(4):
+                        for column in T.unroll(16):
+                            words[column] = weight[T.min(panel * 16 + column, rows - 1), g * 4 + word]
+                        for nibble in T.unroll(8):
+                            for column in T.vectorized(16):
+                                w[g * 32 + word * 8 + nibble, column] = (
+                                    T.Cast(
+                                        "float32",
+                                        T.Cast(
+                                            "int32",
+                                            T.bitwise_and(
+                                                T.shift_right(words[column], T.Cast("uint32", nibble * 4)),
+                                                T.uint32(15),
+                                            ),
+                                        )
+                                        - 7,
+                                    )
+                                    * scales[column]
+                                )
                 for block in range((tokens + 3) // 4):
                     for r in T.unroll(4):
                         for c in T.vectorized(16):
@@ -510,11 +544,15 @@ def norm_kernel(columns: int, epsilon: float, dtype: str) -> tirx.PrimFunc:
             with T.sblock("row"):
                 T.reads()
                 T.writes()
-                total = T.alloc_buffer((1,), "float32")
-                total[0] = T.float32(0)
-                for k in range(columns):
-                    total[0] = total[0] + x[i, k] * x[i, k]
-                total[0] = T.float32(1) / T.sqrt(total[0] / T.float32(columns) + T.float32(epsilon))
+                total = T.alloc_buffer((8,), "float32")
+                for lane in T.vectorized(8):
+                    total[lane] = T.float32(0)
+                for k in range(columns // 8):
+                    for lane in T.vectorized(8):
+                        total[lane] = total[lane] + x[i, k * 8 + lane] * x[i, k * 8 + lane]
+                total[0] = T.float32(1) / T.sqrt(
+                    sum_of_lanes(total) / T.float32(columns) + T.float32(epsilon)
+                )
                 for k in range(columns):
                     y[i, k] = x[i, k] * total[0] * T.Cast("float32", weight[k])
 
@@ -591,53 +629,71 @@ def last_kernel(columns: int) -> tirx.PrimFunc:
 
 
 @cache
+def turn_kernel(a: Architecture) -> tirx.PrimFunc:
+    """Cosine and sine of every rotary angle, [T, 2, D / 2]: the same in all layers."""
+    dim, theta = a.head_dim, a.rope_theta
+    half = dim // 2
+
+    @T.prim_func(private=True, s_tir=True)
+    def kernel(ids_handle: T.handle, position: T.Buffer((1,), "int64"), y_handle: T.handle):
+        T.func_attr({"tirx.is_scheduled": True, "op_pattern": 8, "tirx.noalias": True})
+        tokens = T.int64()
+        T.match_buffer(ids_handle, (tokens,), "int32")
+        y = T.match_buffer(y_handle, (tokens, 2, half), "float32")
+        for k in range(half):
+            with T.sblock("pair"):
+                T.reads()
+                T.writes()
+                frequency = T.alloc_buffer((1,), "float64")
+                frequency[0] = T.pow(T.float64(theta), T.Cast("float64", k) * T.float64(-2.0 / dim))
+                for i in range(tokens):
+                    y[i, 0, k] = T.Cast("float32", T.cos(T.Cast("float64", position[0] + i) * frequency[0]))
+                    y[i, 1, k] = T.Cast("float32", T.sin(T.Cast("float64", position[0] + i) * frequency[0]))
+
+    return kernel
+
+
+@cache
 def rope_kernel(a: Architecture) -> tirx.PrimFunc:
     """Rotates queries and keys by their positions (halves of a head are the pairs, as in Hugging Face's
     models), writes keys and values into the caches, returns the queries."""
-    heads, groups, dim, theta = a.heads, a.key_value_heads, a.head_dim, a.rope_theta
+    heads, groups, dim = a.heads, a.key_value_heads, a.head_dim
     half = dim // 2
     width = (heads + 2 * groups) * dim
 
     @T.prim_func(private=True, s_tir=True)
     def kernel(
         qkv_handle: T.handle,
+        turns_handle: T.handle,
         position: T.Buffer((1,), "int64"),
         key_handle: T.handle,
         value_handle: T.handle,
         q_handle: T.handle,
     ):
-        T.func_attr({"tirx.is_scheduled": True, "op_pattern": 8})
+        T.func_attr({"tirx.is_scheduled": True, "op_pattern": 8, "tirx.noalias": True})
         tokens, capacity = T.int64(), T.int64()
         qkv = T.match_buffer(qkv_handle, (tokens, width), "float32")
+        turns = T.match_buffer(turns_handle, (tokens, 2, half), "float32")
         keys = T.match_buffer(key_handle, (capacity, groups, dim), "float32")
         values = T.match_buffer(value_handle, (capacity, groups, dim), "float32")
         q = T.match_buffer(q_handle, (tokens, heads, dim), "float32")
         for i in range(tokens):
-            for k in range(half):
-                with T.sblock("pair"):
-                    T.reads()
-                    T.writes()
-                    turn = T.alloc_buffer((2,), "float32")
-                    angle = T.alloc_buffer((1,), "float64")
-                    angle[0] = T.Cast("float64", position[0] + i) * T.pow(
-                        T.float64(theta), T.Cast("float64", k) * T.float64(-2.0 / dim)
-                    )
-                    turn[0] = T.Cast("float32", T.cos(angle[0]))
-                    turn[1] = T.Cast("float32", T.sin(angle[0]))
-                    for h in range(heads):
-                        q[i, h, k] = qkv[i, h * dim + k] * turn[0] - qkv[i, h * dim + half + k] * turn[1]
-                        q[i, h, half + k] = (
-                            qkv[i, h * dim + half + k] * turn[0] + qkv[i, h * dim + k] * turn[1]
-                        )
-                    for h in range(groups):
-                        keys[position[0] + i, h, k] = (
-                            qkv[i, (heads + h) * dim + k] * turn[0]
-                            - qkv[i, (heads + h) * dim + half + k] * turn[1]
-                        )
-                        keys[position[0] + i, h, half + k] = (
-                            qkv[i, (heads + h) * dim + half + k] * turn[0]
-                            + qkv[i, (heads + h) * dim + k] * turn[1]
-                        )
+            for h, k in T.grid(heads, half):
+                q[i, h, k] = (
+                    qkv[i, h * dim + k] * turns[i, 0, k] - qkv[i, h * dim + half + k] * turns[i, 1, k]
+                )
+                q[i, h, half + k] = (
+                    qkv[i, h * dim + half + k] * turns[i, 0, k] + qkv[i, h * dim + k] * turns[i, 1, k]
+                )
+            for h, k in T.grid(groups, half):
+                keys[position[0] + i, h, k] = (
+                    qkv[i, (heads + h) * dim + k] * turns[i, 0, k]
+                    - qkv[i, (heads + h) * dim + half + k] * turns[i, 1, k]
+                )
+                keys[position[0] + i, h, half + k] = (
+                    qkv[i, (heads + h) * dim + half + k] * turns[i, 0, k]
+                    + qkv[i, (heads + h) * dim + k] * turns[i, 1, k]
+                )
             for h, k in T.grid(groups, dim):
                 values[position[0] + i, h, k] = qkv[i, (heads + groups + h) * dim + k]
 
@@ -684,9 +740,7 @@ def attention_kernel(a: Architecture) -> tirx.PrimFunc:
                                 + q[ih // heads, ih % heads, k * 8 + lane]
                                 * keys[j, ih % heads // repeat, k * 8 + lane]
                             )
-                    score[j] = (
-                        lanes[0] + lanes[1] + lanes[2] + lanes[3] + lanes[4] + lanes[5] + lanes[6] + lanes[7]
-                    ) * T.float32(scale)
+                    score[j] = sum_of_lanes(lanes) * T.float32(scale)
                     state[0] = T.max(state[0], score[j])
                 # Exponentials apart from the sum of values, and eight at a time; what fills the last eight
                 # is never read.

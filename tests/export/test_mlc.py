@@ -30,7 +30,7 @@ from export.mlc import (
     render_conversation,
     tokenizer_info,
 )
-from export.mlc_model import exponential
+from export.mlc_model import TARGET, blocked_kernel, exponential, vector_kernel
 from export.mlc_runtime import CHUNK, MlcRuntime
 from export.torch_runtime import TorchRuntime
 
@@ -248,6 +248,28 @@ def test_exponential() -> None:
     found, expected = result.numpy(), np.exp(values.astype(np.float64))
     assert np.abs(found[:-1] / expected[:-1] - 1).max() < 4e-7
     assert 0 < found[-1] < 2e-38
+
+
+@pytest.mark.parametrize("tokens", [1, 6])
+@pytest.mark.parametrize(("rows", "columns"), [(33, 32), (40, 96), (16, 128)])
+def test_four_bit_kernels_multiply(tokens: int, rows: int, columns: int) -> None:
+    """Odd and even numbers of groups, rows that fill no panel; a group of zeros and one of large numbers."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(tokens, columns)).astype(np.float32)
+    x[0, :32] = 0
+    x[-1, -32:] *= 1e4
+    words = rng.integers(0, 2**32, size=(rows, columns // 8), dtype=np.uint32)
+    scale = rng.uniform(0.01, 0.1, size=(rows, columns // 32)).astype(np.float32)
+    kernel = (vector_kernel if tokens == 1 else blocked_kernel)(rows, columns, True, "float32")
+    module = tvm.IRModule({"main": kernel.with_attr("global_symbol", "main")})
+    result = tvm.runtime.empty((tokens, rows), "float32")
+    compiled = tvm.compile(module, target=tvm.target.Target(TARGET))
+    compiled["main"](*[tvm.runtime.tensor(array) for array in (x, words, scale)], result)
+    nibbles = np.stack([(words >> (4 * place)) & 15 for place in range(8)], axis=-1).reshape(rows, columns)
+    weight = (nibbles.astype(np.float64) - 7) * np.repeat(scale, 32, axis=1)
+    expected = x.astype(np.float64) @ weight.T
+    # Ten roundings of float32, of the sum of magnitudes.
+    assert (np.abs(result.numpy() - expected) <= 6e-7 * (np.abs(x) @ np.abs(weight).T)).all()
 
 
 def test_incremental_decoding_equals_one_pass(four_bit: MlcRuntime) -> None:
