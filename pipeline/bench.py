@@ -1,8 +1,12 @@
 """How each exported file runs on a CPU: one runtime, one process, real text as prompt."""
 
+import contextlib
+import fcntl
 import json
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +49,15 @@ def run(store: Store, recipe: Recipe, exported: Artifact, text: Artifact) -> Art
             label = f"{entry['format']} {entry['quantization']}"
             what = f"bench: {label}, {section.repetitions} repetitions"
             store.report(Progress(what, number, len(entries), "files"))
-            measured = _measure(
-                {
-                    "file": str(exported.path / entry["path"]),
-                    "prompt": prompt,
-                    "generated_tokens": section.generated_tokens,
-                    "repetitions": section.repetitions,
-                    "threads": section.threads,
-                },
-                work,
-                store.log_file(f"bench {label}"),
-            )
+            request = {
+                "file": str(exported.path / entry["path"]),
+                "prompt": prompt,
+                "generated_tokens": section.generated_tokens,
+                "repetitions": section.repetitions,
+                "threads": section.threads,
+            }
+            with alone_on_this_machine(store):
+                measured = _measure(request, work, store.log_file(f"bench {label}"))
             results.append(
                 {
                     "file": Path(entry["path"]).name,
@@ -73,6 +75,19 @@ def run(store: Store, recipe: Recipe, exported: Artifact, text: Artifact) -> Art
         {"exported": exported, "text": text},
         make,
     )
+
+
+@contextlib.contextmanager
+def alone_on_this_machine(store: Store) -> Iterator[None]:
+    """Waits until no other run of this user measures on this machine: two would measure each other."""
+    path = Path(tempfile.gettempdir()) / f"martlet-benchmark-{os.getuid()}.lock"
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            store.report("waiting: another run is measuring on this machine")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def is_reliable(cpu_pressure: float | None, max_cpu_pressure: float) -> bool:
