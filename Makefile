@@ -1,5 +1,6 @@
 # make ship    set up .venv and run the default recipe to release/ (RECIPE=recipes/other.yaml for another)
 # make test    set up .venv and run all tests
+# make test-slow    the tests that take minutes: kills at random points, fuzzing
 # make bench   set up .venv and run the benchmarks to benchmark-results/ (half an hour)
 # make check   format, lint, types, import rules
 # make page    build the web page that goes into every release (part of setting up)
@@ -8,6 +9,8 @@
 
 RECIPE ?= recipes/smollm2-135m-to-99m.yaml
 PYTHON ?= python3
+# LOCK=constraints.lock: the same packages, and pip refuses files whose SHA-256 is not in it.
+LOCK ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 ENVIRONMENT := $(VENV)/.complete
@@ -15,13 +18,16 @@ PAGE := web/dist/index.html
 
 BENCHMARKS := step loss harness_overhead mlc_speed tinyswallow_shape
 
-.PHONY: ship test bench check docs environment page clean distclean
+.PHONY: ship test test-slow bench check docs environment page clean distclean
 
 ship: environment
 	$(BIN)/martlet ship $(RECIPE)
 
 test: environment
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not slow"
+
+test-slow: environment
+	$(BIN)/pytest -m slow
 
 bench: environment
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name; done
@@ -45,7 +51,7 @@ $(ENVIRONMENT): export LLAMA_CPP_LEAN = -DLLAVA_BUILD=OFF '-DCMAKE_PROJECT_llama
 $(ENVIRONMENT): pyproject.toml constraints.txt .ci/lean_llama_cpp.cmake export/converter.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "martlet: needs Python 3.11 or later; set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	CMAKE_ARGS="$$CMAKE_ARGS $$LLAMA_CPP_LEAN" $(BIN)/pip install --disable-pip-version-check --no-deps --requirement constraints.txt
+	CMAKE_ARGS="$$CMAKE_ARGS $$LLAMA_CPP_LEAN" $(BIN)/pip install --disable-pip-version-check --no-deps --requirement $(LOCK)
 	$(BIN)/pip install --disable-pip-version-check --no-deps --no-build-isolation --config-settings editable_mode=compat --editable .
 	$(BIN)/pip check --disable-pip-version-check
 	$(BIN)/python -m export.converter

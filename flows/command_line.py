@@ -4,14 +4,11 @@ import contextlib
 import json
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
-import psutil
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -19,10 +16,13 @@ from typer.exceptions import TyperException
 
 from export import quantizations
 from export.errors import ExportError
+from flows import store_commands
+from flows.interrupts import INTERRUPTED, ending_at_once, leashed_children
 from pipeline.errors import EXIT_BAD_INPUT, EXIT_GATE_FAILED, EXIT_INTERRUPTED, GateFailed, UserError
 
-INTERRUPTED = "martlet: interrupted; the same command goes on where this one stopped."
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+SERVER_SECONDS = "600"
+"""Seconds in which Prefect's embedded server must answer; it takes ten, and minutes on a crowded machine."""
 DEFAULT_RECIPE = Path("recipes/smollm2-135m-to-99m.yaml")
 
 WELCOME = """martlet distils a big language model into a small one and ships it to devices.
@@ -42,6 +42,7 @@ app = typer.Typer(
     help="martlet distils a big language model into a small one and ships it to devices.",
     pretty_exceptions_enable=False,
 )
+app.add_typer(store_commands.app, name="store")
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on the last line.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors and the result.")]
 RecipePath = Annotated[Path, typer.Argument(help="Path of a recipe, a YAML file.")]
@@ -66,11 +67,12 @@ def ship(
 
     Example: martlet ship recipes/smoke.yaml --release release-smoke
     """
-    plan = check_recipe_file(recipe)
-    with quiet_prefect(store), progress_shown(plan, recipe, store, release, quiet) as live:
-        from flows.distill_and_ship import distill_and_ship
+    with ending_at_once(), leashed_children():
+        plan = check_recipe_file(recipe)
+        with quiet_prefect(store), progress_shown(plan, recipe, store, release, quiet) as live:
+            from flows.distill_and_ship import distill_and_ship
 
-        result = distill_and_ship(str(recipe), str(store), str(release))
+            result = distill_and_ship(str(recipe), str(store), str(release))
     if as_json:
         print(json.dumps(result))
     elif quiet:
@@ -185,7 +187,11 @@ def export(
 
     Example: martlet export my-model --format gguf --quantization q8_0,q4_k_m --output my-model-gguf
     """
+    from export.untrusted import check_model_folder
+
     wanted = [part.strip() for part in quantization.split(",") if part.strip()]
+    if model.is_dir():
+        check_model_folder(model)
     name = name or model.resolve().name
     report = (lambda line: None) if quiet else progress_line
     if format == "gguf":
@@ -298,6 +304,63 @@ def choose(
 
 
 @app.command()
+def verify(
+    release: Annotated[Path, typer.Argument(help="Release folder.")] = Path("release"),
+    as_json: AsJson = False,
+) -> None:
+    """Check a release's files, origin and bill of materials. Example: martlet verify release"""
+    from pipeline.release import verify as damaged
+    from pipeline.release import verify_inputs
+
+    problems = damaged(release) + verify_inputs(release)
+    if as_json:
+        print(json.dumps({"release": str(release), "problems": problems}))
+    if problems:
+        raise GateFailed(problems[0] + (f" ({len(problems) - 1} more.)" if len(problems) > 1 else ""))
+    if not as_json:
+        print(f"{release}: every file, the inputs and the bill of materials are as the manifest says.")
+
+
+@app.command()
+def publish(
+    release: Annotated[Path, typer.Argument(help="Release folder.")] = Path("release"),
+    to: Annotated[str, typer.Option(help="hub or folder.")] = "hub",
+    namespace: Annotated[str | None, typer.Option(help="User or organization on the hub.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where --to folder puts the repositories.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make new repositories public.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Publish; else only say what would be.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Publish a release, one repository a model folder; says what it would do until you give --yes.
+
+    Example: martlet publish release --namespace my-name
+    """
+    from pipeline.publish import plan, to_folder, to_hub
+
+    if to not in ("hub", "folder"):
+        raise UserError(f"--to: there is no {to!r}; choose hub or folder.")
+    if to == "hub" and namespace is None:
+        raise UserError("--namespace is missing; give your name or an organization's on the hub.")
+    if to == "folder" and folder is None:
+        raise UserError("--folder is missing; say where the repositories go.")
+    repositories = plan(release, namespace if to == "hub" else None)
+    places: list[str] = []
+    if yes and folder is not None and to == "folder":
+        places = to_folder(repositories, folder, progress_line)
+    elif yes:
+        places = to_hub(repositories, not public, progress_line)
+    if as_json:
+        names = [repository.name for repository in repositories]
+        print(json.dumps({"published": yes, "repositories": names, "places": places}))
+    elif yes:
+        print("\n".join(places))
+    else:
+        for repository in repositories:
+            print(f"{repository.name}  {repository.files} files, {repository.bytes / 1e6:.1f} MB")
+        print("Nothing was published; give --yes to do it.")
+
+
+@app.command()
 def chat(
     model: Annotated[
         Path,
@@ -322,6 +385,7 @@ def chat(
     from pipeline.chat import converse, find_model, tell
 
     found, others = find_model(model, file)
+    check_before_opening(found)
     tell(f"{found}" + (f" (--file chooses another of {len(others) + 1})" if others else ""))
     converse(open_runtime(found, threads), max_tokens, temperature, seed)
 
@@ -340,6 +404,16 @@ def phone(
     from pipeline.phone import serve
 
     serve(release, lan=lan, port=port, say=lambda line: print(line, flush=True), address=address)
+
+
+def check_before_opening(model: Path) -> None:
+    """Checks a file or folder that may come from anywhere before its runtime reads it."""
+    from export.untrusted import check_gguf_header, check_model_folder
+
+    if model.is_dir():
+        check_model_folder(model)
+    elif model.suffix == ".gguf":
+        check_gguf_header(model)
 
 
 def check_recipe_file(path: Path) -> Any:
@@ -377,7 +451,7 @@ def quiet_prefect(store: Path) -> Iterator[None]:
     os.environ.pop("PREFECT_API_URL", None)
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "true")
-    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", SERVER_SECONDS)
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
     os.environ.setdefault("PREFECT_LOGGING_TO_API_ENABLED", "false")
     os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")
@@ -386,12 +460,15 @@ def quiet_prefect(store: Path) -> Iterator[None]:
     os.environ.setdefault("PREFECT_RESULTS_PERSIST_BY_DEFAULT", "false")
     for name in ("prefect", "httpx", "uvicorn"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    before = {number: signal.signal(number, stop_now) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
+    except RuntimeError as error:
+        if "ephemeral Prefect API server" not in str(error):
+            raise
+        raise UserError(
+            f"Prefect's embedded server did not answer within {SERVER_SECONDS} s; free memory and CPU, and "
+            "start the same command again."
+        ) from None
 
 
 @contextlib.contextmanager
@@ -419,21 +496,6 @@ def progress_shown(plan: Any, recipe: Path, store: Path, release: Path, quiet: b
             yield live
         finally:
             progress.removeHandler(handler)
-
-
-def stop_now(number: int, frame: FrameType | None) -> None:
-    """Ends this process and its children at once.
-
-    Ctrl-C reaches the embedded server, too; unwinding through Prefect would then wait for a server that is
-    gone. Nothing is lost: checkpoints and finished stages are on disk, and what is half-made has no final
-    name and is thrown away by the next run.
-    """
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            child.kill()
-    Console(stderr=True).show_cursor()  # the live view hides it
-    print(INTERRUPTED, file=sys.stderr, flush=True)
-    os._exit(EXIT_INTERRUPTED)
 
 
 def show_release(result: dict[str, Any], with_stages: bool) -> None:
@@ -631,7 +693,7 @@ def main() -> None:
         except typer.Abort:
             raise KeyboardInterrupt from None
         except TyperException as error:  # a wrong option or a missing argument
-            problem = str(error).rstrip(".").split("\n")[0]
+            problem = error.format_message().rstrip(".").split("\n")[0]
             raise UserError(f"{problem}; martlet --help lists the commands and their options.") from None
 
     sys.exit(run(command))

@@ -1,9 +1,13 @@
 """How each exported file runs on a CPU: one runtime, one process, real text as prompt."""
 
+import contextlib
+import fcntl
 import json
 import os
 import signal
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,24 +76,25 @@ def run(store: Store, recipe: Recipe, exported: Artifact, text: Artifact) -> Art
                 request = {**file, "kind": kind, "threads": threads, "timeout_s": section.timeout_s, **values}
                 return _measure(request, work, log)
 
-            measured = ask("speed", section.threads, **speed)
-            sweep = []
-            for threads in section.thread_sweep:
-                at_threads = ask("speed", threads, **speed)
-                reliable = is_reliable(at_threads["cpu_pressure"], section.max_cpu_pressure)
-                sweep.append({**{key: at_threads[key] for key in SWEPT}, "reliable": reliable})
-            depths: list[dict[str, Any]] = []
-            if section.depths:
-                filling = {"text": held_out[: max(1, *section.depths)].tolist(), "depths": section.depths}
-                counts = {key: speed[key] for key in ("generated_tokens", "repetitions")}
-                depths = ask("depths", section.threads, **filling, **counts)
-            cold = ask("cold_start", section.threads, prompt=prompt) if section.cold_start else None
-            under = [
-                _under_profile(
-                    profile, {**file, "timeout_s": section.timeout_s}, held_out.tolist(), work, log
-                )
-                for profile in profiles
-            ]
+            with alone_on_this_machine(store):
+                measured = ask("speed", section.threads, **speed)
+                sweep = []
+                for threads in section.thread_sweep:
+                    at_threads = ask("speed", threads, **speed)
+                    reliable = is_reliable(at_threads["cpu_pressure"], section.max_cpu_pressure)
+                    sweep.append({**{key: at_threads[key] for key in SWEPT}, "reliable": reliable})
+                depths: list[dict[str, Any]] = []
+                if section.depths:
+                    filling = {"text": held_out[: max(1, *section.depths)].tolist(), "depths": section.depths}
+                    counts = {key: speed[key] for key in ("generated_tokens", "repetitions")}
+                    depths = ask("depths", section.threads, **filling, **counts)
+                cold = ask("cold_start", section.threads, prompt=prompt) if section.cold_start else None
+                under = [
+                    _under_profile(
+                        profile, {**file, "timeout_s": section.timeout_s}, held_out.tolist(), work, log
+                    )
+                    for profile in profiles
+                ]
             results.append(
                 {
                     "file": Path(entry["path"]).name,
@@ -115,6 +120,19 @@ def run(store: Store, recipe: Recipe, exported: Artifact, text: Artifact) -> Art
         {"exported": exported, "text": text},
         make,
     )
+
+
+@contextlib.contextmanager
+def alone_on_this_machine(store: Store) -> Iterator[None]:
+    """Waits until no other run of this user measures on this machine: two would measure each other."""
+    path = Path(tempfile.gettempdir()) / f"martlet-benchmark-{os.getuid()}.lock"
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            store.report("waiting: another run is measuring on this machine")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def is_reliable(cpu_pressure: float | None, max_cpu_pressure: float) -> bool:
