@@ -2,12 +2,15 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import TrainingArguments
 
 from pipeline.artifacts import Artifact, Store, write_json
+from pipeline.errors import UserError
 from pipeline.hidden_states import SPLITS
 from pipeline.models import load_model, load_tokenizer, position_ids, save_model
 from pipeline.recipe import Recipe
@@ -24,6 +27,8 @@ from taid import (
     CachedTeacher,
     DistillationTrainer,
     LiveTeacher,
+    SampledTeacher,
+    TaidError,
     TokenBlockDataset,
     evaluate_distillation,
     freeze_embeddings,
@@ -52,7 +57,7 @@ def run(
         teacher: the teacher's folder.
         student: the initial student.
         text: packed tokens.
-        hidden_states: the teacher's cached hidden states; None: the teacher runs alongside.
+        hidden_states: what ``hidden_states.run`` kept of the teacher; None: the teacher runs alongside.
         objective: ``taid``, or another of the recipe's objectives, such as a ``cross_entropy`` control.
 
     Returns:
@@ -69,20 +74,14 @@ def run(
     def make(output: Path, work: Path) -> None:
         model, tokenizer = load_model(student.path / "model"), load_tokenizer(student.path / "model")
         generation_config = model.generation_config
-        if section.freeze_embeddings:
-            freeze_embeddings(model)
-        blocks = {split: np.load(text.path / f"{split}.npy") for split in SPLITS}
-        positions = {split: position_ids(np.load(text.path / f"documents_{split}.npy")) for split in SPLITS}
-        if hidden_states is None:
-            live = LiveTeacher(load_model(teacher.path / "model", recipe.teacher.trust_remote_code))
-            teachers: dict[str, LiveTeacher | CachedTeacher] = dict.fromkeys(SPLITS, live)
-        else:
-            # The store has verified the digests of these files a moment ago.
-            teachers = {split: CachedTeacher(hidden_states.path / split, verify=False) for split in SPLITS}
+        blocks, positions = text_blocks(text.path)
+        train_teacher, held_out_teacher = teachers(
+            recipe, teacher.path, None if hidden_states is None else hidden_states.path
+        )
 
         def evaluate() -> dict[str, float]:
             measured = evaluate_distillation(
-                model, teachers["held_out"], blocks["held_out"], position_ids=positions["held_out"]
+                model, held_out_teacher, blocks["held_out"], position_ids=positions["held_out"]
             )
             return {
                 "cross_entropy": measured["student_cross_entropy"],
@@ -100,47 +99,24 @@ def run(
         # Every objective starts from the same student, so what that is worth is measured once.
         initial = store.get_or_make(f"{STAGE}_initial", VERSION, {}, inputs, evaluate_initial)
         before = json.loads((initial.path / "evaluation.json").read_text(encoding="utf-8"))
-        length = blocks["train"].shape[1]
-        evaluation_blocks = max(1, min(len(blocks["held_out"]), section.evaluate_tokens // length))
-        interpolation = None
-        if objective == "taid":
-            interpolation = AdaptiveInterpolation(
-                section.t_start,
-                section.t_end,
-                section.alpha,
-                section.beta,
-                section.adaptive,
-                section.signal,
-            )
-        trainer = DistillationTrainer(
-            model=model,
-            args=TrainingArguments(
-                **training_values(section, work, recipe.seed),
-                eval_strategy="steps",
-                eval_steps=section.evaluate_every,
-            ),
-            train_dataset=TokenBlockDataset(blocks["train"], position_ids=positions["train"]),
-            eval_dataset=TokenBlockDataset(
-                blocks["held_out"][:evaluation_blocks],
-                position_ids=positions["held_out"][:evaluation_blocks],
-            ),
-            teacher=None if objective == "cross_entropy" else teachers["train"],
-            evaluation_teacher=teachers["held_out"],
-            objective=objective,
-            interpolation=interpolation,
-            processing_class=tokenizer,
-            callbacks=[ProgressLines(f"distill ({objective})", store.report)],
+        trained = train_student(
+            recipe,
+            objective,
+            model,
+            tokenizer,
+            blocks,
+            positions,
+            train_teacher,
+            held_out_teacher,
+            work,
+            store.report,
         )
-        start_counting_memory()
-        started = time.monotonic()
-        train(trainer, work, "distill")
-        seconds_here = time.monotonic() - started
-        peak_memory_bytes = peak_memory()
         store.report(f"distill ({objective}): evaluating the trained student")
         after = evaluate()
         model.requires_grad_(True)
         save_model(model, tokenizer, output / "model", generation_config)
-        curve = curve_of(trainer.state.log_history)
+        curve = curve_of(trained["log_history"])
+        length = blocks["train"].shape[1]
         tokens_a_step = section.batch_size * section.gradient_accumulation * length
         total = int(blocks["train"].size * section.epochs)
         for point in curve:
@@ -152,10 +128,10 @@ def run(
             {
                 "objective": objective,
                 "tokens": total,
-                "steps": trainer.state.global_step,
-                "seconds": seconds_here,
+                "steps": trained["steps"],
+                "seconds": trained["seconds"],
                 "tokens_per_second": float(np.median(rates)) if rates else 0.0,
-                "peak_memory_bytes": peak_memory_bytes,
+                "peak_memory_bytes": trained["peak_memory_bytes"],
                 "held_out_tokens": before["tokens"],
                 "teacher_cross_entropy": before["teacher_cross_entropy"],
                 "before": {key: before[key] for key in ("cross_entropy", "kl", "reverse_kl", "same_top")},
@@ -169,3 +145,87 @@ def run(
     return store.get_or_make(
         STAGE, VERSION, {"objective": objective, **parameters}, inputs, make, recipe.seed
     )
+
+
+def text_blocks(text: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Token blocks and position ids ``[N, T]`` of both splits."""
+    blocks = {split: np.load(text / f"{split}.npy") for split in SPLITS}
+    positions = {split: position_ids(np.load(text / f"documents_{split}.npy")) for split in SPLITS}
+    return blocks, positions
+
+
+def teachers(
+    recipe: Recipe, teacher: Path, hidden_states: Path | None
+) -> tuple[LiveTeacher | CachedTeacher | SampledTeacher, LiveTeacher | CachedTeacher]:
+    """The teachers of training and of held-out text."""
+    if hidden_states is None:
+        model = load_model(teacher / "model", recipe.teacher.trust_remote_code)
+        live = LiveTeacher(model)
+        return live, live
+    # The store has verified the digests of these files a moment ago.
+    kind = SampledTeacher if recipe.teacher.cache == "sampled" else CachedTeacher
+    train_teacher = kind(hidden_states / "train", verify=False)
+    return train_teacher, CachedTeacher(hidden_states / "held_out", verify=False)
+
+
+def train_student(
+    recipe: Recipe,
+    objective: str,
+    model: Any,
+    tokenizer: Any,
+    blocks: dict[str, np.ndarray],
+    positions: dict[str, np.ndarray],
+    train_teacher: LiveTeacher | CachedTeacher | SampledTeacher,
+    held_out_teacher: LiveTeacher | CachedTeacher,
+    work: Path,
+    report: Callable[[str], None],
+) -> dict[str, Any]:
+    """Trains the model, from the last checkpoint in ``work`` when there is one.
+
+    Returns:
+        ``log_history``, ``steps``, ``seconds`` and ``peak_memory_bytes`` of this process.
+
+    Raises:
+        UserError: training diverges, or objective and teacher do not fit together.
+    """
+    section = recipe.distill
+    if section.freeze_embeddings:
+        freeze_embeddings(model)
+    length = blocks["train"].shape[1]
+    evaluation_blocks = max(1, min(len(blocks["held_out"]), section.evaluate_tokens // length))
+    interpolation = None
+    if objective == "taid":
+        interpolation = AdaptiveInterpolation(
+            section.t_start, section.t_end, section.alpha, section.beta, section.adaptive, section.signal
+        )
+    try:
+        trainer = DistillationTrainer(
+            model=model,
+            args=TrainingArguments(
+                **training_values(section, work, recipe.seed),
+                eval_strategy="steps",
+                eval_steps=section.evaluate_every,
+            ),
+            train_dataset=TokenBlockDataset(blocks["train"], position_ids=positions["train"]),
+            eval_dataset=TokenBlockDataset(
+                blocks["held_out"][:evaluation_blocks],
+                position_ids=positions["held_out"][:evaluation_blocks],
+            ),
+            teacher=None if objective == "cross_entropy" else train_teacher,
+            evaluation_teacher=held_out_teacher,
+            objective=objective,
+            interpolation=interpolation,
+            processing_class=tokenizer,
+            callbacks=[ProgressLines(f"distill ({objective})", report)],
+        )
+    except TaidError as error:
+        raise UserError(f"distill: {error}") from None
+    start_counting_memory()
+    started = time.monotonic()
+    train(trainer, work, "distill")
+    return {
+        "log_history": trainer.state.log_history,
+        "steps": trainer.state.global_step,
+        "seconds": time.monotonic() - started,
+        "peak_memory_bytes": peak_memory(),
+    }
