@@ -99,6 +99,12 @@ class LlamaCppRuntime:
         self.chat_template = None if template is None else template.decode()
         self._compiled_template: Template | None = None
 
+    def metadata(self, key: str) -> str | None:
+        """A value of the file's metadata as text, cut off at 255 bytes; None where the file has none."""
+        buffer = ctypes.create_string_buffer(256)
+        size = llama_cpp.llama_model_meta_val_str(self._model, key.encode(), buffer, len(buffer))
+        return buffer.value.decode(errors="replace") if size >= 0 else None
+
     def tokenize(self, text: str) -> list[int]:
         """See ``Runtime.tokenize``."""
         return self._tokenize(text, add_special=False)

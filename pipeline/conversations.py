@@ -21,6 +21,7 @@ CONTENTS = (
     "\ttab\tseparated",
     "1234567890 3.14159 1,000,000",
     "12 + 30 = 42; 7 * 6 = 42",
+    "Add  7 and   12,\n 3 apples\n\n  45 pears\t6.",
     "2024-02-29T23:59:60Z",
     "It's don't I'm we'll they've you'd",
     "UPPER lower MiXeD camelCase snake_case",

@@ -6,18 +6,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from export.errors import ExportError
+from export.llama_cpp_runtime import LlamaCppRuntime
 from export.untrusted import check_chat_template, check_gguf_header, check_model_folder
 from pipeline.artifacts import Artifact, Store, sha256_of_file, write_json
+from pipeline.conversations import fixed_conversations
 from pipeline.errors import UserError
 from pipeline.models import load_model, load_tokenizer, save_model
 from pipeline.recipe import Recipe, Teacher
 from pipeline.sources import packaged_file
 
 STAGE = "teacher"
-VERSION = 1
+VERSION = 2
+DIGITS_APART = ("smollm", "starcoder", "refact", "command-r")
+"""llama.cpp's names of the pre-tokenizers that cut every digit off, then cut as GPT-2's does."""
+
 WANTED_FILES = (
     "*.safetensors",
     "model.safetensors.index.json",
@@ -183,6 +189,7 @@ def _import_gguf(path: Path, folder: Path) -> None:
         raise UserError(f"teacher.model: transformers cannot load {path.name} ({reason}).") from error
     if not tokenizer.chat_template:
         raise UserError(f"teacher.model: {path.name} holds no chat template.")
+    _mend_pre_tokenizer(tokenizer, path)
     end = end_of_turn(tokenizer)
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     if hasattr(model.config, "quantization_config"):
@@ -199,6 +206,37 @@ def _import_gguf(path: Path, folder: Path) -> None:
     save_model(model, tokenizer, folder, generation)
     for name in ("tokenizer.model", path.name):
         (folder / name).unlink(missing_ok=True)
+
+
+def _mend_pre_tokenizer(tokenizer: Any, path: Path) -> None:
+    """Gives an imported tokenizer the pre-tokenizer that its GGUF names, and proves it.
+
+    transformers takes GPT-2's for all byte-level tokenizers, which cuts white space before digits otherwise
+    than the model was trained with.
+
+    Raises:
+        UserError: token ids of the fixed conversations are not those of llama.cpp.
+    """
+    runtime = LlamaCppRuntime(path, context_length=64)
+    try:
+        name = runtime.metadata("tokenizer.ggml.pre")
+        if name in DIGITS_APART:
+            tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+                [
+                    pre_tokenizers.Digits(individual_digits=True),
+                    pre_tokenizers.ByteLevel(add_prefix_space=False),
+                ]
+            )
+        for messages in fixed_conversations():
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+            if runtime.tokenize(text) != tokenizer(text, add_special_tokens=False)["input_ids"]:
+                raise UserError(
+                    f"teacher.model: transformers reads the tokenizer of {path.name} (pre-tokenizer {name}) "
+                    f"otherwise than llama.cpp, for example in {text[-80:]!r}; give the model as a Hugging "
+                    "Face folder instead."
+                )
+    finally:
+        runtime.close()
 
 
 def end_of_turn(tokenizer: Any) -> int:

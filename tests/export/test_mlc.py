@@ -30,7 +30,7 @@ from export.mlc import (
     render_conversation,
     tokenizer_info,
 )
-from export.mlc_model import TARGET, blocked_kernel, exponential, vector_kernel
+from export.mlc_model import TARGETS, blocked_kernel, exponential, vector_kernel
 from export.mlc_runtime import CHUNK, MlcRuntime
 from export.torch_runtime import TorchRuntime
 
@@ -263,7 +263,7 @@ def test_four_bit_kernels_multiply(tokens: int, rows: int, columns: int) -> None
     kernel = (vector_kernel if tokens == 1 else blocked_kernel)(rows, columns, True, "float32")
     module = tvm.IRModule({"main": kernel.with_attr("global_symbol", "main")})
     result = tvm.runtime.empty((tokens, rows), "float32")
-    compiled = tvm.compile(module, target=tvm.target.Target(TARGET))
+    compiled = tvm.compile(module, target=tvm.target.Target(TARGETS["x86_64-cpu"]))
     compiled["main"](*[tvm.runtime.tensor(array) for array in (x, words, scale)], result)
     nibbles = np.stack([(words >> (4 * place)) & 15 for place in range(8)], axis=-1).reshape(rows, columns)
     weight = (nibbles.astype(np.float64) - 7) * np.repeat(scale, 32, axis=1)
