@@ -1,5 +1,6 @@
 # make ship    set up .venv and run the default recipe to release/ (RECIPE=recipes/other.yaml for another)
 # make test    set up .venv and run all tests
+# make test-slow    the tests that take minutes: kills at random points, fuzzing
 # make bench   set up .venv and run the benchmarks to benchmark-results/ (half an hour)
 # make check   format, lint, types, import rules
 # make page    build the web page that goes into every release (part of setting up)
@@ -15,13 +16,16 @@ PAGE := web/dist/index.html
 
 BENCHMARKS := step loss harness_overhead mlc_speed tinyswallow_shape
 
-.PHONY: ship test bench check docs environment page clean distclean
+.PHONY: ship test test-slow bench check docs environment page clean distclean
 
 ship: environment
 	$(BIN)/martlet ship $(RECIPE)
 
 test: environment
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not slow"
+
+test-slow: environment
+	$(BIN)/pytest -m slow
 
 bench: environment
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name; done

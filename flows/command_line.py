@@ -4,14 +4,11 @@ import contextlib
 import json
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
-import psutil
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -19,9 +16,10 @@ from typer.exceptions import TyperException
 
 from export import quantizations
 from export.errors import ExportError
+from flows import store_commands
+from flows.interrupts import INTERRUPTED, ending_at_once, leashed_children
 from pipeline.errors import EXIT_BAD_INPUT, EXIT_GATE_FAILED, EXIT_INTERRUPTED, GateFailed, UserError
 
-INTERRUPTED = "martlet: interrupted; the same command goes on where this one stopped."
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 DEFAULT_RECIPE = Path("recipes/smollm2-135m-to-99m.yaml")
 
@@ -42,6 +40,7 @@ app = typer.Typer(
     help="martlet distils a big language model into a small one and ships it to devices.",
     pretty_exceptions_enable=False,
 )
+app.add_typer(store_commands.app, name="store")
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on the last line.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors and the result.")]
 RecipePath = Annotated[Path, typer.Argument(help="Path of a recipe, a YAML file.")]
@@ -66,11 +65,12 @@ def ship(
 
     Example: martlet ship recipes/smoke.yaml --release release-smoke
     """
-    plan = check_recipe_file(recipe)
-    with quiet_prefect(store), progress_shown(plan, recipe, store, release, quiet) as live:
-        from flows.distill_and_ship import distill_and_ship
+    with ending_at_once(), leashed_children():
+        plan = check_recipe_file(recipe)
+        with quiet_prefect(store), progress_shown(plan, recipe, store, release, quiet) as live:
+            from flows.distill_and_ship import distill_and_ship
 
-        result = distill_and_ship(str(recipe), str(store), str(release))
+            result = distill_and_ship(str(recipe), str(store), str(release))
     if as_json:
         print(json.dumps(result))
     elif quiet:
@@ -298,6 +298,24 @@ def choose(
 
 
 @app.command()
+def verify(
+    release: Annotated[Path, typer.Argument(help="Release folder.")] = Path("release"),
+    as_json: AsJson = False,
+) -> None:
+    """Check a release's files, origin and bill of materials. Example: martlet verify release"""
+    from pipeline.release import verify as damaged
+    from pipeline.release import verify_inputs
+
+    problems = damaged(release) + verify_inputs(release)
+    if as_json:
+        print(json.dumps({"release": str(release), "problems": problems}))
+    if problems:
+        raise GateFailed(problems[0] + (f" ({len(problems) - 1} more.)" if len(problems) > 1 else ""))
+    if not as_json:
+        print(f"{release}: every file, the inputs and the bill of materials are as the manifest says.")
+
+
+@app.command()
 def chat(
     model: Annotated[
         Path,
@@ -386,12 +404,7 @@ def quiet_prefect(store: Path) -> Iterator[None]:
     os.environ.setdefault("PREFECT_RESULTS_PERSIST_BY_DEFAULT", "false")
     for name in ("prefect", "httpx", "uvicorn"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    before = {number: signal.signal(number, stop_now) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
+    yield
 
 
 @contextlib.contextmanager
@@ -419,21 +432,6 @@ def progress_shown(plan: Any, recipe: Path, store: Path, release: Path, quiet: b
             yield live
         finally:
             progress.removeHandler(handler)
-
-
-def stop_now(number: int, frame: FrameType | None) -> None:
-    """Ends this process and its children at once.
-
-    Ctrl-C reaches the embedded server, too; unwinding through Prefect would then wait for a server that is
-    gone. Nothing is lost: checkpoints and finished stages are on disk, and what is half-made has no final
-    name and is thrown away by the next run.
-    """
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            child.kill()
-    Console(stderr=True).show_cursor()  # the live view hides it
-    print(INTERRUPTED, file=sys.stderr, flush=True)
-    os._exit(EXIT_INTERRUPTED)
 
 
 def show_release(result: dict[str, Any], with_stages: bool) -> None:

@@ -15,6 +15,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from flows.interrupts import ending_children
 from pipeline import (
     bench,
     chats,
@@ -103,6 +104,7 @@ def run_name() -> str:
     task_runner=ThreadPoolTaskRunner(max_workers=2),  # type: ignore[arg-type]
     persist_result=False,
 )
+@ending_children()
 def distill_and_ship(
     recipe: str = DEFAULT_RECIPE, store: str = "store", release: str = "release"
 ) -> dict[str, Any]:

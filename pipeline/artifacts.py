@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from typing import Any
 from pipeline.errors import UserError
 
 MANIFEST = "artifact.json"
+RELEASES = "releases"
+"""Folder of a store that says which artifacts releases were laid out from."""
 RECORDED_PACKAGES = (
     "torch",
     "transformers",
@@ -37,6 +39,11 @@ RECORDED_PACKAGES = (
     "onnxruntime-genai",
 )
 
+MEASURED_FILES = frozenset({"evaluation.json", "curve.json"})
+MEASURED = frozenset({"seconds", "tokens_per_second", "peak_memory_bytes"})
+"""Keys of these files that tell how making went, not what was made: they are no part of an artifact's digest,
+so that a result which is made anew is the same result and nothing after it is made anew."""
+
 
 @dataclass(frozen=True)
 class Artifact:
@@ -45,7 +52,7 @@ class Artifact:
     Attributes:
         stage: the stage that made it.
         key: what it depends on, as SHA-256 (its folder's name).
-        digest: SHA-256 over the SHA-256 of all its files: what it is.
+        digest: SHA-256 over the content of all its files, timings of training aside: what it is.
         path: its folder.
         seconds: how long it took to make.
         cached: it was there already.
@@ -192,7 +199,7 @@ class Store:
         files = file_digests(output)
         if not files:
             raise RuntimeError(f"stage {stage} wrote nothing")
-        digest = sha256_of_json({name: entry["sha256"] for name, entry in files.items()})
+        digest = sha256_of_json({name: _content(output / name, entry) for name, entry in files.items()})
         for path in output.rglob("*"):
             _fsync(path)
         write_json(
@@ -224,12 +231,22 @@ class Store:
         problem = damage(final)
         if problem is None:
             manifest = json.loads((final / MANIFEST).read_text(encoding="utf-8"))
+            with contextlib.suppress(OSError):
+                os.utime(final)  # the folder's time says when it was last used
             return Artifact(stage, final.name, manifest["digest"], final, manifest["seconds"], cached=True)
         quarantine = self.root / "quarantine" / f"{stage}-{final.name}-{time.time_ns()}"
         quarantine.parent.mkdir(parents=True, exist_ok=True)
         final.rename(quarantine)
         self.report(f"warning: {stage}: {problem}; put aside in {quarantine} and made anew")
         return None
+
+    def keep_for(self, release: Path, artifacts: Iterable["Artifact"]) -> None:
+        """Notes what a release was laid out from, so that pruning leaves it alone."""
+        folder = self.root / RELEASES
+        folder.mkdir(parents=True, exist_ok=True)
+        name = hashlib.sha256(str(release).encode()).hexdigest()[:16]
+        needed = sorted({f"{artifact.stage}/{artifact.key}" for artifact in artifacts})
+        write_json(folder / f"{name}.json", {"release": str(release), "artifacts": needed})
 
     @contextlib.contextmanager
     def _only_one(self, final: Path) -> Iterator[None]:
@@ -261,6 +278,19 @@ def damage(folder: Path) -> str | None:
     for name in sorted(present - set(recorded)):
         return f"{folder / name} was added later"
     return None
+
+
+def _content(path: Path, entry: Mapping[str, Any]) -> str:
+    """SHA-256 of a file, of one that holds measurements without these."""
+    if path.name not in MEASURED_FILES:
+        return str(entry["sha256"])
+    return sha256_of_json(_without_measured(json.loads(path.read_text(encoding="utf-8"))))
+
+
+def _without_measured(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_measured(item) for key, item in value.items() if key not in MEASURED}
+    return [_without_measured(item) for item in value] if isinstance(value, list) else value
 
 
 def _seconds_so_far(work: Path) -> float:

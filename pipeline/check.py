@@ -4,11 +4,12 @@ import importlib.metadata
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.licences import check_licences
 from pipeline.recipe import CALIBRATION, Recipe
 
 
 def check_recipe(recipe: Recipe, path: Path) -> None:
-    """Local files, folders and packages that a recipe names are there.
+    """Local files, folders and packages that a recipe names are there, and its licences go together.
 
     Args:
         recipe: the recipe as it was read.
@@ -17,6 +18,10 @@ def check_recipe(recipe: Recipe, path: Path) -> None:
     Raises:
         UserError: one is not; the sentence names recipe and key.
     """
+    try:
+        check_licences(recipe)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     sources = [("data.text.sources", source) for source in recipe.data.text.sources]
     sources += [("data.chats.sources", source) for source in recipe.data.chats.sources]
     for key, source in sources:

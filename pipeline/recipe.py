@@ -288,6 +288,11 @@ class Recipe(Section):
         str, Field(pattern=NAME_PATTERN, description="NAME of the release folder's NAME-Instruct etc.")
     ]
     description: str = ""
+    accept_licence_conflict: str | None = Field(
+        None,
+        min_length=1,
+        description="Why licences that exclude each other may be mixed all the same; the cards show it.",
+    )
     seed: int = Field(0, ge=0)
     threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
     teacher: Teacher

@@ -16,8 +16,10 @@ from typing import Any
 from export.errors import ExportError
 from export.mlc import conversation_template
 from export.ollama import LONGEST_CONTEXT, modelfile
-from pipeline import cards, report, web
+from pipeline import cards, provenance, report, web
 from pipeline.artifacts import Artifact, Store, sha256_of_file, sha256_of_json, write_json
+from pipeline.bill_of_materials import FILE_NAME as BILL_OF_MATERIALS
+from pipeline.bill_of_materials import bill_of_materials, file_digests
 from pipeline.errors import UserError
 from pipeline.models import load_tokenizer
 from pipeline.recipe import Recipe
@@ -26,7 +28,7 @@ SCHEMA = "martlet-manifest-1"
 MANIFEST = "manifest.json"
 CARD = "README.md"
 MODELFILE = "Modelfile"
-VERSION = 2
+VERSION = 3
 """Raised when the same artifacts give another release."""
 
 
@@ -71,6 +73,7 @@ def run(
                 )
             problems = verify(root)
             if manifest.get("identity") == identity and not problems:
+                store.keep_for(root, artifacts.values())
                 store.report(f"release: {root} is up to date")
                 return root
         store.report(f"release: laying out {root}")
@@ -100,7 +103,15 @@ def run(
                 )
             write_json(folder / "report.json", facts)
             (folder / "report.html").write_text(report.render(facts), encoding="utf-8")
-            write_json(folder / MANIFEST, _manifest(folder, identity, recipe, artifacts, made_from))
+            inputs = provenance.inputs(recipe, artifacts)
+            listed = {
+                name: {key: entry[key] for key in ("sha256", "bytes")}
+                for name, entry in _files(folder, made_from).items()
+                if entry["made_from"]["stage"] != "release"
+            }
+            write_json(folder / BILL_OF_MATERIALS, bill_of_materials(recipe, inputs, listed))
+            write_json(folder / MANIFEST, _manifest(folder, identity, recipe, artifacts, made_from, inputs))
+            store.keep_for(root, artifacts.values())
             _swap_in(folder, root, Path(temporary) / "previous")
             edited = [problem for problem in problems if not problem.endswith("is missing.")]
             if edited:
@@ -142,6 +153,39 @@ def verify(root: Path) -> list[str]:
     present = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
     for name in sorted(present - set(manifest["files"]) - {MANIFEST}):
         problems.append(f"{root / name}: is not in the manifest.")
+    return problems
+
+
+def verify_inputs(root: Path) -> list[str]:
+    """A sentence for each thing that is wrong with what a release says of its origin.
+
+    Every input has a SHA-256; the recipe has the recorded one; local files of teacher and data that are still
+    there have not changed; the bill of materials lists the files of the manifest.
+
+    Raises:
+        UserError: the folder has no readable manifest.
+    """
+    root = Path(root)
+    manifest = read_manifest(root)
+    if manifest is None:
+        raise UserError(f"{root / MANIFEST}: is missing or no manifest of martlet; give a release folder.")
+    inputs = manifest.get("inputs")
+    problems = provenance.incomplete(inputs)
+    if not problems:
+        if inputs["recipe"]["sha256"] != sha256_of_json(manifest.get("recipe")):
+            problems.append(f"{root / MANIFEST}: recipe: is not the one that the release was made from.")
+        try:
+            problems += provenance.changed_files(inputs)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            problems.append(f"{root / MANIFEST}: inputs: cannot be read ({error!r}).")
+    try:
+        listed = file_digests(json.loads((root / BILL_OF_MATERIALS).read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
+        return [*problems, f"{root / BILL_OF_MATERIALS}: is missing or no bill of materials."]
+    recorded = {name: entry["sha256"] for name, entry in manifest["files"].items()}
+    for name, digest in listed.items():
+        if recorded.get(name) != digest:
+            problems.append(f"{root / BILL_OF_MATERIALS}: {name}: has another SHA-256 than in the manifest.")
     return problems
 
 
@@ -238,19 +282,8 @@ def _manifest(
     recipe: Recipe,
     artifacts: Mapping[str, Artifact],
     made_from: Mapping[str, Artifact],
+    inputs: dict[str, Any],
 ) -> dict[str, Any]:
-    files = {}
-    for path in sorted(folder.rglob("*")):
-        if not path.is_file():
-            continue
-        name = path.relative_to(folder).as_posix()
-        source = made_from.get(name.split("/", 1)[0])
-        origin = (
-            {"stage": "release"}
-            if source is None or name.endswith((f"/{CARD}", f"/{MODELFILE}"))
-            else {"stage": source.stage, "key": source.key, "digest": source.digest}
-        )
-        files[name] = {"sha256": sha256_of_file(path), "bytes": path.stat().st_size, "made_from": origin}
     lineage = {}
     for role, artifact in artifacts.items():
         manifest = artifact.manifest()
@@ -264,6 +297,24 @@ def _manifest(
         "name": recipe.name,
         "recipe": recipe.model_dump(mode="json", by_alias=True),
         "packages": report.packages(artifacts),
+        "inputs": inputs,
         "lineage": lineage,
-        "files": files,
+        "files": _files(folder, made_from),
     }
+
+
+def _files(folder: Path, made_from: Mapping[str, Artifact]) -> dict[str, dict[str, Any]]:
+    """SHA-256, size and origin of every file that is there."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file():
+            continue
+        name = path.relative_to(folder).as_posix()
+        source = made_from.get(name.split("/", 1)[0])
+        origin = (
+            {"stage": "release"}
+            if source is None or name.endswith((f"/{CARD}", f"/{MODELFILE}"))
+            else {"stage": source.stage, "key": source.key, "digest": source.digest}
+        )
+        files[name] = {"sha256": sha256_of_file(path), "bytes": path.stat().st_size, "made_from": origin}
+    return files

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -343,7 +344,11 @@ def _finite(value: Any) -> Any:
 def _worker(
     request: dict[str, Any], folder: Path, store: Store, label: str
 ) -> tuple[str | None, dict[str, Any]]:
-    """Runs ``pipeline.validate_worker``: (what went wrong or None, its result)."""
+    """Runs ``pipeline.validate_worker``: (what went wrong or None, its result).
+
+    Raises:
+        UserError: the process was ended from outside, which says nothing of the file.
+    """
     request_file, result_file = folder / "request.json", folder / "result.json"
     result_file.unlink(missing_ok=True)
     write_json(request_file, request)
@@ -353,5 +358,12 @@ def _worker(
     )
     if finished.returncode == 0:
         return None, json.loads(result_file.read_text(encoding="utf-8")) if result_file.exists() else {}
+    if finished.returncode in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT):
+        # A stored result would be believed by every later run.
+        raise UserError(
+            f"{Path(request.get('file', request.get('model', ''))).name}: the process that measures it was "
+            f"ended from outside by {signal.Signals(-finished.returncode).name} (by the kernel, where memory "
+            "is short); start the same command again."
+        )
     store.report(f"{label}: {finished.shown()}")
     return finished.reason(), {}

