@@ -171,7 +171,7 @@ def verify_inputs(root: Path) -> list[str]:
         raise UserError(f"{root / MANIFEST}: is missing or no manifest of martlet; give a release folder.")
     inputs = manifest.get("inputs")
     problems = provenance.incomplete(inputs)
-    if not problems:
+    if inputs is not None and not problems:
         if inputs["recipe"]["sha256"] != sha256_of_json(manifest.get("recipe")):
             problems.append(f"{root / MANIFEST}: recipe: is not the one that the release was made from.")
         try:
