@@ -185,7 +185,11 @@ def export(
 
     Example: martlet export my-model --format gguf --quantization q8_0,q4_k_m --output my-model-gguf
     """
+    from export.untrusted import check_model_folder
+
     wanted = [part.strip() for part in quantization.split(",") if part.strip()]
+    if model.is_dir():
+        check_model_folder(model)
     name = name or model.resolve().name
     report = (lambda line: None) if quiet else progress_line
     if format == "gguf":
@@ -340,6 +344,7 @@ def chat(
     from pipeline.chat import converse, find_model, tell
 
     found, others = find_model(model, file)
+    check_before_opening(found)
     tell(f"{found}" + (f" (--file chooses another of {len(others) + 1})" if others else ""))
     converse(open_runtime(found, threads), max_tokens, temperature, seed)
 
@@ -358,6 +363,16 @@ def phone(
     from pipeline.phone import serve
 
     serve(release, lan=lan, port=port, say=lambda line: print(line, flush=True), address=address)
+
+
+def check_before_opening(model: Path) -> None:
+    """Checks a file or folder that may come from anywhere before its runtime reads it."""
+    from export.untrusted import check_gguf_header, check_model_folder
+
+    if model.is_dir():
+        check_model_folder(model)
+    elif model.suffix == ".gguf":
+        check_gguf_header(model)
 
 
 def check_recipe_file(path: Path) -> Any:
@@ -629,7 +644,7 @@ def main() -> None:
         except typer.Abort:
             raise KeyboardInterrupt from None
         except TyperException as error:  # a wrong option or a missing argument
-            problem = str(error).rstrip(".").split("\n")[0]
+            problem = error.format_message().rstrip(".").split("\n")[0]
             raise UserError(f"{problem}; martlet --help lists the commands and their options.") from None
 
     sys.exit(run(command))

@@ -356,7 +356,7 @@ def load_recipe(path: Path) -> Recipe:
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "nested too deeply"
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "nested too deeply"
         raise UserError(f"{path}{where}: not valid YAML ({problem}); mend the syntax.") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys to values; this file holds none.")
@@ -372,7 +372,7 @@ def _first_problem(error: ValidationError) -> str:
     problems = sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
     problem = problems[0]
     key = ".".join(str(part) for part in problem["loc"]) or "the recipe"
-    message = re.sub(r"^Value error, ", "", problem["msg"])
+    message = re.sub(r"^Value error, | after validation, not \d+$", "", problem["msg"])
     if problem["type"] == "extra_forbidden":
         return f"unknown key {key}; remove it or correct its spelling (docs/guide.md lists all keys)."
     if problem["type"] == "missing":

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from export.errors import ExportError
+from export.untrusted import check_model_folder
 from pipeline.artifacts import Artifact, Store, write_json
 from pipeline.errors import UserError
 from pipeline.models import count_parameters, load_model, load_tokenizer, save_model
@@ -41,6 +43,11 @@ def run(store: Store, recipe: Recipe, teacher: Artifact, text: Artifact) -> Arti
         else:
             assert recipe.student.model is not None
             source, revision = recipe.student.model, recipe.student.revision
+            if Path(source).is_dir():
+                try:
+                    check_model_folder(Path(source))
+                except ExportError as error:
+                    raise UserError(f"student.model: {error}") from None
             model, tokenizer = (
                 load_model(source, revision=revision),
                 load_tokenizer(source, revision=revision),

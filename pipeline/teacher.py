@@ -1,13 +1,15 @@
 """The teacher as a local folder of safetensors, whatever it came as."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from export.errors import ExportError
+from export.untrusted import check_chat_template, check_gguf_header, check_model_folder
 from pipeline.artifacts import Artifact, Store, sha256_of_file, write_json
 from pipeline.errors import UserError
 from pipeline.models import load_model, load_tokenizer, save_model
@@ -49,6 +51,7 @@ def run(store: Store, recipe: Recipe) -> Artifact:
     }
     gguf = packaged_gguf(section.model)
     if gguf is not None:
+        trusted_data(check_gguf_header, gguf)
         source["files"] = {gguf.name: sha256_of_file(gguf)}
     else:
         folder = _local_folder(recipe)
@@ -63,6 +66,7 @@ def run(store: Store, recipe: Recipe) -> Artifact:
             if path.is_file()
         }
         _check_files(source["files"], section.model)
+        trusted_data(check_model_folder, folder)
 
     def make(output: Path, work: Path) -> None:
         if gguf is not None:
@@ -83,6 +87,18 @@ def run(store: Store, recipe: Recipe) -> Artifact:
 def wanted_files(section: Teacher) -> list[str]:
     """Patterns of the files that make a teacher; its repository's code only where the recipe trusts it."""
     return [*WANTED_FILES, "*.py"] if section.trust_remote_code else list(WANTED_FILES)
+
+
+def trusted_data(check: Callable[..., None], *arguments: Any) -> None:
+    """Runs a check of ``export.untrusted`` on the teacher.
+
+    Raises:
+        UserError: the check fails.
+    """
+    try:
+        check(*arguments)
+    except ExportError as error:
+        raise UserError(f"teacher.model: {error}") from None
 
 
 def packaged_gguf(model: str) -> Path | None:
@@ -138,6 +154,9 @@ def _check(folder: Path, section: Teacher) -> None:
         raise UserError(
             f"teacher.model: {section.model} has no chat template; choose an instruction-tuned model."
         )
+    templates = tokenizer.chat_template
+    for template in templates.values() if isinstance(templates, dict) else [templates]:
+        trusted_data(check_chat_template, template, section.model)
     rows = load_model(folder, section.trust_remote_code).get_input_embeddings().weight.shape[0]
     highest = max(tokenizer.get_vocab().values())
     if highest >= rows:

@@ -1,0 +1,237 @@
+"""Checks of model files that came from elsewhere, before any library opens them.
+
+Code and pickles of a model folder are never run (safetensors only, no ``trust_remote_code``). What is left to
+guard against is data that lies: lengths, counts and offsets beyond the file, sizes beyond memory, nesting
+beyond the stack, names that lead out of the folder, templates that never end.
+"""
+
+import json
+import struct
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from safetensors import SafetensorError, safe_open
+
+from export.errors import ExportError
+
+LARGEST_CONFIG = 4 * 2**20
+LARGEST_TOKENIZER = 256 * 2**20
+"""Bytes; the largest vocabularies of 2026 take about 40 million."""
+DEEPEST_JSON = 64
+LARGEST_COUNT = 2**20
+"""Of a GGUF file's tensors and metadata: far beyond any model, far below what exhausts memory."""
+GGUF_SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""Bytes of each type of metadata value; 8 is a string, 9 an array."""
+TEMPLATE_SECONDS = 5
+TEMPLATE_CHARACTERS = 1_000_000
+
+
+def check_model_folder(folder: Path) -> None:
+    """Checks a Hugging Face folder.
+
+    Raises:
+        ExportError: a link or a name in it leads out of it; config or tokenizer is no JSON, too large or
+            nested too deeply; a safetensors file's header does not fit the file; or the configuration asks
+            for more memory than the weights explain.
+    """
+    folder = Path(folder)
+    # The hub's cache keeps files beside the snapshots that link to them.
+    allowed = (folder.resolve(), (folder.parent.parent / "blobs").resolve())
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink():
+            target = path.resolve()
+            if not target.exists() or not any(target.is_relative_to(place) for place in allowed):
+                raise ExportError(f"{path}: links to nothing inside the model's folder; copy the file there.")
+    for path in sorted(folder.glob("*.json")):
+        limit = LARGEST_TOKENIZER if path.name in ("tokenizer.json", "vocab.json") else LARGEST_CONFIG
+        value = read_json(path, max(limit, LARGEST_TOKENIZER if path.name.endswith("index.json") else 0))
+        if path.name.endswith(".safetensors.index.json"):
+            _check_index(path, value)
+    sizes = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        sizes += path.stat().st_size
+        try:
+            # The library checks header length, types, shapes and that offsets cover the file exactly.
+            with safe_open(path, "numpy") as file:
+                file.keys()
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ExportError(f"{path}: is no whole safetensors file ({_line(error)}).") from None
+    config = folder / "config.json"
+    if sizes and config.is_file():
+        _check_sizes(config, read_json(config, LARGEST_CONFIG), sizes)
+
+
+def check_gguf_header(path: Path) -> None:
+    """Checks a GGUF file's header against its size: magic, version, counts, lengths, nesting, offsets.
+
+    Raises:
+        ExportError: it does not fit; the sentence says which part.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        reader = _GgufHeader(file, size, path)
+        if file.read(4) != b"GGUF":
+            raise ExportError(f"{path}: is no GGUF file (it does not begin with GGUF).")
+        version = reader.number("<I")
+        if version not in (2, 3):
+            raise ExportError(f"{path}: GGUF version {version} is not known; 2 and 3 are.")
+        tensors, pairs = reader.number("<Q"), reader.number("<Q")
+        for what, count in (("tensors", tensors), ("metadata", pairs)):
+            if count > LARGEST_COUNT:
+                raise ExportError(f"{path}: says that it holds {count} {what}, which no model does.")
+        for _ in range(pairs):
+            reader.skip_string()
+            reader.skip_value(reader.number("<I"), 0)
+        for _ in range(tensors):
+            reader.skip_string()
+            dimensions = reader.number("<I")
+            if dimensions > 4:
+                raise ExportError(f"{path}: a tensor has {dimensions} dimensions; at most 4 are possible.")
+            elements = 1
+            for _ in range(dimensions):
+                elements *= reader.number("<Q")
+            reader.number("<I")
+            offset = reader.number("<Q")
+            # No type takes less than a bit an element.
+            if offset > size or elements // 8 > size:
+                raise ExportError(f"{path}: a tensor lies outside the file; it is truncated or damaged.")
+
+
+def check_chat_template(template: str, where: str) -> None:
+    """Renders a chat template in a process of its own, in Jinja's sandbox and with limits.
+
+    transformers renders templates in a sandbox, too, but lets them run and write for ever. A template that
+    behaves here and not there is still possible; it can waste time, no more.
+
+    Args:
+        template: the template.
+        where: file or key, for the sentence.
+
+    Raises:
+        ExportError: it is no template, tries what the sandbox forbids, or goes beyond
+            ``TEMPLATE_SECONDS`` of CPU, ``TEMPLATE_CHARACTERS`` of output or half a gigabyte of memory.
+    """
+    limits = [str(TEMPLATE_SECONDS), str(TEMPLATE_CHARACTERS)]
+    script = Path(__file__).with_name("template_check_process.py")
+    try:
+        finished = subprocess.run(
+            [sys.executable, "-I", str(script), *limits],
+            input=template.encode("utf-8", "replace"),
+            capture_output=True,
+            env={"PYTHONUTF8": "1"},
+            timeout=12 * TEMPLATE_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise ExportError(f"{where}: the chat template does not end; choose another model.") from None
+    if finished.returncode == 0:
+        return
+    said = finished.stderr.decode("utf-8", "replace").strip().splitlines()
+    if finished.returncode < 0 or not said:
+        reason = f"it does not end within {TEMPLATE_SECONDS} s"
+    else:
+        reason = said[-1].rstrip(".")
+    raise ExportError(f"{where}: the chat template is refused ({reason}); choose another model.")
+
+
+def read_json(path: Path, largest: int) -> Any:
+    """The value of a JSON file of at most ``largest`` bytes and ``DEEPEST_JSON`` levels.
+
+    Raises:
+        ExportError: it is larger, deeper or no JSON.
+    """
+    if path.stat().st_size > largest:
+        raise ExportError(f"{path}: has {path.stat().st_size} bytes; more than {largest} are not read.")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ExportError(f"{path}: is no readable JSON ({_line(error)}).") from None
+    level: list[Any] = [value]
+    for _ in range(DEEPEST_JSON):
+        containers = [item for item in level if isinstance(item, (dict, list))]
+        level = [
+            inner for item in containers for inner in (item.values() if isinstance(item, dict) else item)
+        ]
+        if not level:
+            return value
+    if any(isinstance(item, (dict, list)) for item in level):
+        raise ExportError(f"{path}: is nested more than {DEEPEST_JSON} levels deep.")
+    return value
+
+
+def _check_index(path: Path, value: Any) -> None:
+    names = value.get("weight_map") if isinstance(value, dict) else None
+    if not isinstance(names, dict):
+        raise ExportError(f"{path}: has no weight_map; save the model anew.")
+    for name in names.values():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ExportError(f"{path}: names {name!r}, which is no .safetensors file of this folder.")
+        if not (path.parent / name).is_file():
+            raise ExportError(f"{path}: names {name}, which is missing.")
+
+
+def _check_sizes(path: Path, config: Any, weight_bytes: int) -> None:
+    """Layers are allocated as the configuration says before weights are read."""
+    if not isinstance(config, dict):
+        raise ExportError(f"{path}: is no mapping of settings.")
+    inner_config = config.get("text_config")
+    text: Mapping[str, Any] = inner_config if isinstance(inner_config, dict) else config
+    for key in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads"):
+        number = text.get(key)
+        if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
+            raise ExportError(f"{path}: {key} is {number!r}; it must be a positive integer.")
+    rows, width = text.get("vocab_size") or 1, text.get("hidden_size") or 1
+    layers, inner = text.get("num_hidden_layers") or 1, text.get("intermediate_size") or 1
+    # Every weight takes at least half a byte, and every layer has a matrix of these two widths.
+    if rows * width // 2 > weight_bytes or layers * inner // 2 > weight_bytes:
+        raise ExportError(
+            f"{path}: describes a far larger model than the {weight_bytes} bytes of weights beside it."
+        )
+
+
+class _GgufHeader:
+    """Reads the parts of a GGUF header, none beyond the end of the file."""
+
+    def __init__(self, file: BinaryIO, size: int, path: Path):
+        self.file, self.size, self.path = file, size, path
+
+    def number(self, kind: str) -> int:
+        data = self.file.read(struct.calcsize(kind))
+        if len(data) < struct.calcsize(kind):
+            raise self._truncated()
+        return int(struct.unpack(kind, data)[0])
+
+    def skip_string(self) -> None:
+        self._skip(self.number("<Q"))
+
+    def skip_value(self, kind: int, depth: int) -> None:
+        if kind == 8:
+            self.skip_string()
+        elif kind in GGUF_SCALARS:
+            self._skip(GGUF_SCALARS[kind])
+        elif kind == 9 and depth < 2:
+            inner, count = self.number("<I"), self.number("<Q")
+            if inner in GGUF_SCALARS:
+                self._skip(GGUF_SCALARS[inner] * count)
+                return
+            if count > self.size // 8:
+                raise self._truncated()
+            for _ in range(count):
+                self.skip_value(inner, depth + 1)
+        else:
+            raise ExportError(f"{self.path}: a metadata value has an unknown type or is nested too deeply.")
+
+    def _skip(self, count: int) -> None:
+        if count > self.size - self.file.tell():
+            raise self._truncated()
+        self.file.seek(count, 1)
+
+    def _truncated(self) -> ExportError:
+        return ExportError(f"{self.path}: its header goes beyond its end; it is truncated or damaged.")
+
+
+def _line(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200].rstrip(".")
