@@ -1,9 +1,13 @@
 """How each exported file runs on a CPU: one runtime, one process, real text as prompt."""
 
+import contextlib
+import fcntl
 import json
 import os
 import signal
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +49,7 @@ def run(store: Store, recipe: Recipe, exported: Artifact, text: Artifact) -> Art
     section = recipe.bench
     profiles = [load_profile(Path(path)) for path in section.profiles]
 
+    @alone_on_this_machine(store)
     def make(output: Path, work: Path) -> None:
         held_out = np.load(text.path / "held_out.npy").reshape(-1)
         longest = max([section.prompt_tokens, *(profile.prompt_tokens for profile in profiles)])
@@ -115,6 +120,19 @@ def run(store: Store, recipe: Recipe, exported: Artifact, text: Artifact) -> Art
         {"exported": exported, "text": text},
         make,
     )
+
+
+@contextlib.contextmanager
+def alone_on_this_machine(store: Store) -> Iterator[None]:
+    """Waits until no other run of this user measures on this machine: two would measure each other."""
+    path = Path(tempfile.gettempdir()) / f"martlet-benchmark-{os.getuid()}.lock"
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            store.report("waiting: another run is measuring on this machine")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def is_reliable(cpu_pressure: float | None, max_cpu_pressure: float) -> bool:

@@ -21,13 +21,11 @@ LITERAL_COMMAND = ["deployment", "run", "distill-and-ship"]
 
 
 @contextlib.contextmanager
-def running(
-    arguments: list[str], environment: dict[str, str], log: Path
-) -> Iterator[subprocess.Popen[bytes]]:
+def running(command: list[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process in its own group, ended with everything that it started."""
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [str(PREFECT), *arguments],
+            command,
             env=environment,
             cwd=ROOT,
             stdout=output,
@@ -85,14 +83,14 @@ def test_the_literal_command_ships_a_release(tmp_path: Path) -> None:
         )
 
     server_log, worker_log = tmp_path / "server.log", tmp_path / "worker.log"
-    server_command = ["server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    server_command = [str(PREFECT), "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     with running(server_command, environment, server_log) as server:
         wait_for(f"http://127.0.0.1:{port}/api/health", server, server_log)
         pool = prefect("work-pool", "create", "martlet", "--type", "process")
         assert pool.returncode == 0, pool.stdout + pool.stderr
         deployed = prefect("--no-prompt", "deploy", "--all")
         assert deployed.returncode == 0, deployed.stdout + deployed.stderr
-        with running(["worker", "start", "--pool", "martlet"], environment, worker_log):
+        with running([str(PREFECT), "worker", "start", "--pool", "martlet"], environment, worker_log):
             release = tmp_path / "release"
             ran = prefect(
                 *LITERAL_COMMAND,

@@ -50,7 +50,7 @@ def test_every_recipe_is_valid(recipe: Path) -> None:
 
 def test_deployments_name_recipes_and_parameters_that_exist() -> None:
     deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding="utf-8"))["deployments"]
-    assert {deployment["name"] for deployment in deployments} == {"local", "smoke"}
+    assert {deployment["name"] for deployment in deployments} == {"local", "smoke", "nightly"}
     for deployment in deployments:
         assert (ROOT / deployment["parameters"]["recipe"]).is_file()
         assert set(deployment["parameters"]) <= {"recipe", "store", "release"}

@@ -1,0 +1,95 @@
+"""A run that is cancelled through Prefect's server: its child processes end, and the next run goes on."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from test_prefect_deployment import ROOT, running, wait_for
+
+PREFECT = [sys.executable, "-m", "prefect"]
+DEPLOYMENT = "distill-and-ship/local"
+
+
+def wait_until(what: Callable[[], Any], seconds: float, log: Path) -> Any:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        found = what()
+        if found:
+            return found
+        time.sleep(0.2)
+    pytest.fail(f"not within {seconds} s: {log.read_text(encoding='utf-8', errors='replace')[-3000:]}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_cancelling_ends_child_processes_and_loses_nothing(
+    tiny_recipe: dict[str, Any], write_recipe: Callable[[dict[str, Any]], Path], tmp_path: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")},
+        "PREFECT_HOME": str(tmp_path / "prefect"),
+        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PYTHONPATH": str(ROOT),
+        "DO_NOT_TRACK": "1",
+        "NO_COLOR": "1",
+        "COLUMNS": "200",
+    }
+
+    def prefect(*arguments: str) -> str:
+        command = [*PREFECT, *arguments]
+        ran = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240)
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+        return ran.stdout
+
+    tiny_recipe["bench"]["repetitions"] = 100_000  # long enough to be cancelled
+    path = write_recipe(tiny_recipe)
+    store, server_log, worker_log = tmp_path / "store", tmp_path / "server.log", tmp_path / "worker.log"
+    server_command = [*PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    worker_command = [*PREFECT, "worker", "start", "--pool", "martlet"]
+    with running(server_command, environment, server_log) as server:
+        wait_for(f"http://127.0.0.1:{port}/api/health", server, server_log)
+        prefect("work-pool", "create", "martlet", "--type", "process")
+        prefect("--no-prompt", "deploy", "--all")
+        with running(worker_command, environment, worker_log) as worker:
+            prefect(
+                *("deployment", "run", DEPLOYMENT, "--param", f"recipe={path}"),
+                *("--param", f"store={store}", "--param", f"release={tmp_path / 'release'}"),
+            )
+
+            def measuring() -> list[psutil.Process]:
+                found = psutil.Process(worker.pid).children(recursive=True)
+                return [each for each in found if "pipeline.bench_worker" in command_of(each)]
+
+            (process,) = wait_until(measuring, 900, worker_log)
+            (run,) = json.loads(prefect("flow-run", "ls", "--output", "json"))
+            prefect("flow-run", "cancel", run["id"])
+            wait_until(lambda: not process.is_running(), 30, worker_log)
+            state = wait_until(
+                lambda: "CANCELLED" in prefect("flow-run", "inspect", run["id"], "--output", "json"),
+                90,
+                worker_log,
+            )
+            assert state
+    kept = {folder.parent.name for folder in store.glob("*/*") if len(folder.name) == 64}
+    assert {"teacher", "distill", "instruct", "export_gguf", "fidelity_gguf"} <= kept
+    assert "device_gguf" not in kept
+    assert not (tmp_path / "release").exists()
+
+
+def command_of(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
