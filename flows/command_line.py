@@ -21,6 +21,8 @@ from flows.interrupts import INTERRUPTED, ending_at_once, leashed_children
 from pipeline.errors import EXIT_BAD_INPUT, EXIT_GATE_FAILED, EXIT_INTERRUPTED, GateFailed, UserError
 
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+SERVER_SECONDS = "600"
+"""Seconds in which Prefect's embedded server must answer; it takes ten, and minutes on a crowded machine."""
 DEFAULT_RECIPE = Path("recipes/smollm2-135m-to-99m.yaml")
 
 WELCOME = """martlet distils a big language model into a small one and ships it to devices.
@@ -320,6 +322,45 @@ def verify(
 
 
 @app.command()
+def publish(
+    release: Annotated[Path, typer.Argument(help="Release folder.")] = Path("release"),
+    to: Annotated[str, typer.Option(help="hub or folder.")] = "hub",
+    namespace: Annotated[str | None, typer.Option(help="User or organization on the hub.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where --to folder puts the repositories.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make new repositories public.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Publish; else only say what would be.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Publish a release, one repository a model folder; says what it would do until you give --yes.
+
+    Example: martlet publish release --namespace my-name
+    """
+    from pipeline.publish import plan, to_folder, to_hub
+
+    if to not in ("hub", "folder"):
+        raise UserError(f"--to: there is no {to!r}; choose hub or folder.")
+    if to == "hub" and namespace is None:
+        raise UserError("--namespace is missing; give your name or an organization's on the hub.")
+    if to == "folder" and folder is None:
+        raise UserError("--folder is missing; say where the repositories go.")
+    repositories = plan(release, namespace if to == "hub" else None)
+    places: list[str] = []
+    if yes and folder is not None and to == "folder":
+        places = to_folder(repositories, folder, progress_line)
+    elif yes:
+        places = to_hub(repositories, not public, progress_line)
+    if as_json:
+        names = [repository.name for repository in repositories]
+        print(json.dumps({"published": yes, "repositories": names, "places": places}))
+    elif yes:
+        print("\n".join(places))
+    else:
+        for repository in repositories:
+            print(f"{repository.name}  {repository.files} files, {repository.bytes / 1e6:.1f} MB")
+        print("Nothing was published; give --yes to do it.")
+
+
+@app.command()
 def chat(
     model: Annotated[
         Path,
@@ -410,7 +451,7 @@ def quiet_prefect(store: Path) -> Iterator[None]:
     os.environ.pop("PREFECT_API_URL", None)
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "true")
-    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", SERVER_SECONDS)
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
     os.environ.setdefault("PREFECT_LOGGING_TO_API_ENABLED", "false")
     os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")
@@ -419,7 +460,15 @@ def quiet_prefect(store: Path) -> Iterator[None]:
     os.environ.setdefault("PREFECT_RESULTS_PERSIST_BY_DEFAULT", "false")
     for name in ("prefect", "httpx", "uvicorn"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    yield
+    try:
+        yield
+    except RuntimeError as error:
+        if "ephemeral Prefect API server" not in str(error):
+            raise
+        raise UserError(
+            f"Prefect's embedded server did not answer within {SERVER_SECONDS} s; free memory and CPU, and start "
+            "the same command again."
+        ) from None
 
 
 @contextlib.contextmanager

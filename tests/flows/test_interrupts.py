@@ -45,7 +45,7 @@ class Run:
         for line in self.process.stderr:
             self.lines.append(line.rstrip("\n"))
 
-    def wait_for(self, text: str, timeout: float = 240) -> bool:
+    def wait_for(self, text: str, timeout: float = 500) -> bool:
         """Whether a line with the text came before the process ended."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
@@ -57,7 +57,7 @@ class Run:
             time.sleep(0.02)
         pytest.fail(f"no line with {text!r}: {self.lines[-20:]}")
 
-    def end(self, timeout: float = 400) -> int:
+    def end(self, timeout: float = 500) -> int:
         code = self.process.wait(timeout)
         self.reader.join()
         return code
@@ -128,6 +128,7 @@ def assert_store_is_whole(store: Path) -> None:
     assert not (store / "quarantine").exists()
 
 
+@pytest.mark.timeout(1800)
 def test_interrupted_and_killed_runs_go_on_to_the_same_release(
     tiny_recipe: dict[str, Any],
     write_recipe: Callable[[dict[str, Any]], Path],
@@ -244,6 +245,7 @@ def is_worker(process: psutil.Process) -> bool:
     return False
 
 
+@pytest.mark.timeout(1800)
 def test_two_runs_at_once_share(
     tiny_recipe: dict[str, Any],
     write_recipe: Callable[[dict[str, Any]], Path],
