@@ -466,8 +466,8 @@ def quiet_prefect(store: Path) -> Iterator[None]:
         if "ephemeral Prefect API server" not in str(error):
             raise
         raise UserError(
-            f"Prefect's embedded server did not answer within {SERVER_SECONDS} s; free memory and CPU, and start "
-            "the same command again."
+            f"Prefect's embedded server did not answer within {SERVER_SECONDS} s; free memory and CPU, and "
+            "start the same command again."
         ) from None
 
 
