@@ -9,6 +9,8 @@
 
 RECIPE ?= recipes/smollm2-135m-to-99m.yaml
 PYTHON ?= python3
+# LOCK=constraints.lock: the same packages, and pip refuses files whose SHA-256 is not in it.
+LOCK ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 ENVIRONMENT := $(VENV)/.complete
@@ -49,7 +51,7 @@ $(ENVIRONMENT): export LLAMA_CPP_LEAN = -DLLAVA_BUILD=OFF '-DCMAKE_PROJECT_llama
 $(ENVIRONMENT): pyproject.toml constraints.txt .ci/lean_llama_cpp.cmake export/converter.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "martlet: needs Python 3.11 or later; set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	CMAKE_ARGS="$$CMAKE_ARGS $$LLAMA_CPP_LEAN" $(BIN)/pip install --disable-pip-version-check --no-deps --requirement constraints.txt
+	CMAKE_ARGS="$$CMAKE_ARGS $$LLAMA_CPP_LEAN" $(BIN)/pip install --disable-pip-version-check --no-deps --requirement $(LOCK)
 	$(BIN)/pip install --disable-pip-version-check --no-deps --no-build-isolation --config-settings editable_mode=compat --editable .
 	$(BIN)/pip check --disable-pip-version-check
 	$(BIN)/python -m export.converter

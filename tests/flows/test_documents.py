@@ -12,6 +12,7 @@ import typer
 import yaml
 from pydantic import BaseModel
 
+from export.converter import SOURCE_SHA256
 from flows.command_line import app
 from pipeline.recipe import Recipe, load_recipe
 
@@ -127,3 +128,14 @@ def test_links_of_the_pages_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
         path = (page.parent / target).resolve()
         assert path.exists() or path.parent.name in generated, target
+
+
+def test_the_lock_names_no_other_version_and_the_source_that_the_converter_checks() -> None:
+    pins = dict(
+        line.split("==") for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()[1:]
+    )
+    lock = (ROOT / "constraints.lock").read_text(encoding="utf-8")
+    locked = re.findall(r"^([\w.-]+)==(\S+) \\\n    --hash=sha256:([0-9a-f]{64})", lock, flags=re.MULTILINE)
+    assert len(locked) > 150
+    assert {name: version for name, version, _ in locked if pins.get(name, version) != version} == {}
+    assert {name: digest for name, _, digest in locked}["llama-cpp-python"] == SOURCE_SHA256
