@@ -223,7 +223,7 @@ TABLE = (
     key(
         "distill.objective",
         "hope",
-        "distill.objective: input should be 'taid', 'cross_entropy', 'forward_kl', 'reverse_kl', 'jensen_shannon', 'total_variation', 'skew_forward_kl' or 'skew_reverse_kl', not 'hope'.",
+        "distill.objective: input should be 'taid', 'cross_entropy', 'forward_kl', 'reverse_kl', 'jensen_shannon', 'total_variation', 'skew_forward_kl', 'skew_reverse_kl', 'adaptive_kl', 'decoupled_kd' or 'curriculum_temperature', not 'hope'.",
     ),
     key("distill.t_start", 1.5, "distill.t_start: input should be less than or equal to 1, not 1.5."),
     key(
