@@ -245,6 +245,7 @@ def is_worker(process: psutil.Process) -> bool:
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_two_runs_at_once_share(
     tiny_recipe: dict[str, Any],
