@@ -266,9 +266,7 @@ TABLE = (
     key("export.gguf", ["q8_0", "q8_0"], "export: gguf: a quantization is listed twice."),
     key("export.gguf", "q8_0", "export.gguf: input should be a valid list, not 'q8_0'."),
     key("export.onnx", ["int3"], "export: onnx: there is no 'int3'; choose from ...."),
-    key(
-        "export.mlc", ["q1f1"], "export: mlc: there is no 'q1f1'; choose from ...."
-    ),
+    key("export.mlc", ["q1f1"], "export: mlc: there is no 'q1f1'; choose from ...."),
     key(
         "export",
         {"gguf": [], "mlc": [], "onnx": []},
