@@ -108,7 +108,7 @@ TABLE = (
         "package:no-such-package-here",
         "teacher.model: the package no-such-package-here is not installed (pip install no-such-package-here).",
     ),
-    key("teacher.cache", "logits", "teacher.cache: input should be 'none' or 'hidden', not 'logits'."),
+    key("teacher.cache", "logits", "teacher.cache: input should be ..., not 'logits'."),
     key(
         "teacher.cache_dtype",
         "int8",
