@@ -49,6 +49,7 @@ def run(store: Store, recipe: Recipe, exported: Artifact, text: Artifact) -> Art
     section = recipe.bench
     profiles = [load_profile(Path(path)) for path in section.profiles]
 
+    @alone_on_this_machine(store)
     def make(output: Path, work: Path) -> None:
         held_out = np.load(text.path / "held_out.npy").reshape(-1)
         longest = max([section.prompt_tokens, *(profile.prompt_tokens for profile in profiles)])
