@@ -77,25 +77,24 @@ def run(store: Store, recipe: Recipe, exported: Artifact, text: Artifact) -> Art
                 request = {**file, "kind": kind, "threads": threads, "timeout_s": section.timeout_s, **values}
                 return _measure(request, work, log)
 
-            with alone_on_this_machine(store):
-                measured = ask("speed", section.threads, **speed)
-                sweep = []
-                for threads in section.thread_sweep:
-                    at_threads = ask("speed", threads, **speed)
-                    reliable = is_reliable(at_threads["cpu_pressure"], section.max_cpu_pressure)
-                    sweep.append({**{key: at_threads[key] for key in SWEPT}, "reliable": reliable})
-                depths: list[dict[str, Any]] = []
-                if section.depths:
-                    filling = {"text": held_out[: max(1, *section.depths)].tolist(), "depths": section.depths}
-                    counts = {key: speed[key] for key in ("generated_tokens", "repetitions")}
-                    depths = ask("depths", section.threads, **filling, **counts)
-                cold = ask("cold_start", section.threads, prompt=prompt) if section.cold_start else None
-                under = [
-                    _under_profile(
-                        profile, {**file, "timeout_s": section.timeout_s}, held_out.tolist(), work, log
-                    )
-                    for profile in profiles
-                ]
+            measured = ask("speed", section.threads, **speed)
+            sweep = []
+            for threads in section.thread_sweep:
+                at_threads = ask("speed", threads, **speed)
+                reliable = is_reliable(at_threads["cpu_pressure"], section.max_cpu_pressure)
+                sweep.append({**{key: at_threads[key] for key in SWEPT}, "reliable": reliable})
+            depths: list[dict[str, Any]] = []
+            if section.depths:
+                filling = {"text": held_out[: max(1, *section.depths)].tolist(), "depths": section.depths}
+                counts = {key: speed[key] for key in ("generated_tokens", "repetitions")}
+                depths = ask("depths", section.threads, **filling, **counts)
+            cold = ask("cold_start", section.threads, prompt=prompt) if section.cold_start else None
+            under = [
+                _under_profile(
+                    profile, {**file, "timeout_s": section.timeout_s}, held_out.tolist(), work, log
+                )
+                for profile in profiles
+            ]
             results.append(
                 {
                     "file": Path(entry["path"]).name,
