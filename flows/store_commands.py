@@ -16,7 +16,7 @@ StorePath = Annotated[Path, typer.Option("--store", help="Folder of finished sta
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on the last line.")]
 
 app = typer.Typer(
-    help="List, explain and prune the finished stages of a store.",
+    help="List, explain and prune the finished stages of a store.\n\nExample: martlet store list",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )

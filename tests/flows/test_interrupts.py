@@ -150,7 +150,7 @@ def test_interrupted_and_killed_runs_go_on_to_the_same_release(
             os.kill(run.process.pid, number)
         assert run.end(timeout=10) == 130
         said = [each for each in run.lines if "Traceback" in each or each.startswith("martlet: ")]
-        assert said == [INTERRUPTED]
+        assert said == [INTERRUPTED], run.lines
         assert run.lines[-1] == INTERRUPTED
         assert_gone_within(children, 5)
 

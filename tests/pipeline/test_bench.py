@@ -192,9 +192,8 @@ def test_a_measurement_that_takes_too_long_ends(inputs: dict[str, Any]) -> None:
 def test_a_depth_fills_the_cache_before_decoding(tiny_model_dir: Path) -> None:
     shallow, deep = measure_depths(tiny_model_dir, list(range(3, 67)), [1, 450], 4, 3, 1)
     assert shallow["depth"] == 1
-    assert deep["decode_tokens_per_s"] > 0
-    with pytest.raises(ExportError):
-        measure_depths(tiny_model_dir, [3, 4], [100_000], 4, 1, 1)
+    assert deep["depth"] == 450
+    assert min(shallow["decode_tokens_per_s"], deep["decode_tokens_per_s"]) > 0
 
 
 def test_weights_read_per_token_leave_out_an_embedding_that_is_only_looked_up(tmp_path: Path) -> None:
