@@ -461,7 +461,8 @@ def quiet_prefect(store: Path) -> Iterator[None]:
     for name in ("prefect", "httpx", "uvicorn"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        yield
+        with others_muted(store / "logs" / "prefect.log"):
+            yield
     except RuntimeError as error:
         if "ephemeral Prefect API server" not in str(error):
             raise
@@ -469,6 +470,35 @@ def quiet_prefect(store: Path) -> Iterator[None]:
             f"Prefect's embedded server did not answer within {SERVER_SECONDS} s; free memory and CPU, and "
             "start the same command again."
         ) from None
+
+
+@contextlib.contextmanager
+def others_muted(log: Path) -> Iterator[None]:
+    """Leaves standard error to this process's own Python code; what others write there goes into a file.
+
+    Prefect starts its server with our standard error and in our process group, so Ctrl-C reaches it, too, and
+    its traceback would stand before our sentence.
+    """
+    try:
+        descriptor = sys.stderr.fileno()
+    except (OSError, ValueError):  # replaced by something that is no file
+        descriptor = -1
+    if descriptor != 2:
+        yield
+        return
+    log.parent.mkdir(parents=True, exist_ok=True)
+    shown = sys.stderr
+    shown.flush()
+    kept = os.dup(2)
+    with log.open("ab") as file, os.fdopen(kept, "w", buffering=1, errors="backslashreplace") as ours:
+        os.dup2(file.fileno(), 2)
+        sys.stderr = ours
+        try:
+            yield
+        finally:
+            ours.flush()
+            sys.stderr = shown
+            os.dup2(kept, 2)
 
 
 @contextlib.contextmanager
