@@ -17,7 +17,7 @@ With q the student's distribution, known in full:
   such sums: loss and gradient are unbiased, for each position, over the draws. A cache is drawn once, so
   later epochs see the same draw.
 - ``taid``: the target p_t is a ratio of two such sums. Its estimate tends to p_t as S grows but has a bias
-  of the order of 1/S while t is below 1 (docs/log.md has it measured); at t = 1 it is ``forward_kl``.
+  of the order of 1/S while t is below 1; at t = 1 it is ``forward_kl``.
 - ``reverse_kl`` and ``adaptive_kl`` need log p of every token, ``decoupled_kd`` p of the label whether kept
   or not, ``curriculum_temperature`` p at other temperatures: they are refused.
 
