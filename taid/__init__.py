@@ -29,6 +29,14 @@ from taid.objectives import (
     taid,
     total_variation,
 )
+from taid.sampled import (
+    SAMPLED_OBJECTIVES,
+    SampledProbabilities,
+    SampledTeacher,
+    fused_sampled_objective,
+    sample_probabilities,
+    write_sampled_cache,
+)
 from taid.schedule import AdaptiveInterpolation
 from taid.student import block_influence, drop_layers, freeze_embeddings, prune_by_influence
 from taid.teacher import CachedTeacher, LiveTeacher, Teacher, model_digest, write_hidden_state_cache
@@ -43,11 +51,14 @@ from taid.vocabulary import shared_vocabulary_size
 
 __all__ = [
     "OBJECTIVES",
+    "SAMPLED_OBJECTIVES",
     "AdaptiveInterpolation",
     "CachedTeacher",
     "DistillationTrainer",
     "HeadOptions",
     "LiveTeacher",
+    "SampledProbabilities",
+    "SampledTeacher",
     "TaidError",
     "Teacher",
     "TokenBlockDataset",
@@ -68,6 +79,7 @@ __all__ = [
     "fused_forward_kl",
     "fused_jensen_shannon",
     "fused_reverse_kl",
+    "fused_sampled_objective",
     "fused_skew_forward_kl",
     "fused_skew_reverse_kl",
     "fused_taid",
@@ -77,10 +89,12 @@ __all__ = [
     "model_digest",
     "prune_by_influence",
     "reverse_kl",
+    "sample_probabilities",
     "shared_vocabulary_size",
     "skew_forward_kl",
     "skew_reverse_kl",
     "taid",
     "total_variation",
     "write_hidden_state_cache",
+    "write_sampled_cache",
 ]

@@ -6,7 +6,7 @@ projection by each head, one log-softmax of the student's and one softmax of the
 product and the two products of the gradient; nothing else of the vocabulary's size is kept.
 
 Every function equals its namesake in ``taid.objectives`` on
-``softcap(scale * (hidden @ weight.T + bias))``, in value and gradient. Logits must be finite here.
+``softcap(scale * (hidden @ weight.T + bias))``, in value and gradient, also where logits are infinite.
 
 Common arguments:
 
@@ -67,6 +67,9 @@ class HeadOptions:
             gradient.mul_(self.logit_scale)
         return gradient
 
+
+PLAIN_HEAD = HeadOptions()
+"""A head that is nothing but a matrix product."""
 
 ChunkObjective = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
 """(student logits [n, V], teacher logits, labels [n]) -> (summed loss, its gradient by the student logits).
@@ -441,7 +444,9 @@ def fused_objective(
 
     Args:
         chunk_objective: the summed loss of a chunk and its gradient by the student's logits.
-        labels: ``[N]`` or ``[B, T]``, for objectives that read them.
+        teacher_head_weight: None hands the rows of ``teacher_hidden`` to the objective as they are.
+        labels: ``[N]`` or ``[B, T]``, one token or, ``[..., S]``, several of each position, for objectives
+            that read them.
 
     Raises:
         TaidError: shapes do not fit together, a label is outside the vocabulary, or ``chunk_size`` is not
@@ -451,16 +456,15 @@ def fused_objective(
         raise TaidError(f"chunk_size is {chunk_size}; it must be at least 1.")
     positions = student_hidden.shape[:-1]
     for name, tensor in (("mask", mask), ("labels", labels)):
-        if tensor is not None and tensor.shape != positions:
+        if tensor is not None and tensor.shape[: len(positions)] != positions:
             raise TaidError(f"The {name} has shape {list(tensor.shape)}, the positions {list(positions)}.")
     if teacher_hidden is not None:
-        assert teacher_head_weight is not None
         if teacher_hidden.shape[:-1] != positions:
             raise TaidError(
                 f"The teacher's hidden states have positions {list(teacher_hidden.shape[:-1])}, "
                 f"the student's {list(positions)}."
             )
-        if teacher_head_weight.shape[0] != student_head_weight.shape[0]:
+        if teacher_head_weight is not None and teacher_head_weight.shape[0] != student_head_weight.shape[0]:
             raise TaidError(
                 f"The teacher's head has {teacher_head_weight.shape[0]} rows, the student's "
                 f"{student_head_weight.shape[0]}; trim both to the shared vocabulary."
@@ -472,7 +476,7 @@ def fused_objective(
         return tensor if chosen is None or len(chosen) == len(tensor) else tensor.index_select(0, chosen)
 
     if labels is not None:
-        labels = choose(labels.flatten()).long()
+        labels = choose(labels.flatten(0, len(positions) - 1)).long()
         rows = student_head_weight.shape[0]
         if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= rows):
             raise TaidError(
@@ -539,12 +543,13 @@ class _Fused(torch.autograd.Function):
                 chunk = slice(start, start + chunk_size)
                 hidden = student_hidden[chunk].to(compute_type)
                 logits = student_head.apply_(_project(hidden, weight, buffer))
-                teacher_logits = None
-                if teacher_hidden is not None and teacher_weight is not None and teacher_buffer is not None:
-                    products = _project(
-                        teacher_hidden[chunk].to(compute_type), teacher_weight, teacher_buffer
-                    )
+                teacher_logits = None if teacher_hidden is None else teacher_hidden[chunk]
+                if teacher_logits is not None and teacher_weight is not None and teacher_buffer is not None:
+                    products = _project(teacher_logits.to(compute_type), teacher_weight, teacher_buffer)
                     teacher_logits = teacher_head.apply_(products)
+                    _take_infinite_out_(logits, teacher_logits)
+                else:
+                    _take_infinite_out_(logits)
                 capped = logits.clone() if student_head.softcap is not None and needs_gradient else None
                 loss, gradient = chunk_objective(
                     logits, teacher_logits, None if labels is None else labels[chunk]
@@ -594,6 +599,18 @@ def _project(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
     if hidden.dtype == buffer.dtype:
         return torch.mm(hidden, weight.T, out=rows)
     return rows.copy_(hidden @ weight.T)
+
+
+def _take_infinite_out_(*logits: Tensor) -> None:
+    """Takes entries that are infinite in any of the logits ``[n, V]`` out of all, in place.
+
+    A sum tells most chunks to be finite for much less than looking at every entry.
+    """
+    if all(bool(each.sum().isfinite()) for each in logits):
+        return
+    infinite = torch.stack([each.isinf() for each in logits]).any(0)
+    for each in logits:
+        each.masked_fill_(infinite, -objectives.LARGE)
 
 
 def _cross_entropy_with(target: Tensor, student_logits: Tensor) -> tuple[Tensor, Tensor]:

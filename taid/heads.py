@@ -1,5 +1,6 @@
 """What stands between a causal language model's final hidden states and its logits."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -60,6 +61,40 @@ def final_hidden_states(model: Any, input_ids: Tensor, **inputs: Any) -> Tensor:
     return decoder(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
 
 
+def at_head(
+    model: Any, unwrapped: Any, compute: Callable[[Tensor], Tensor | None], **inputs: Any
+) -> Tensor | None:
+    """Runs a model as far as its head and computes something from the hidden states that reach it.
+
+    ``compute`` runs inside the model's forward pass: there DDP, FSDP and autocast act, a sharded head is
+    whole, and its gradient takes the wrapper's way.
+
+    Args:
+        model: a `transformers` causal language model, wrapped or not.
+        unwrapped: the model without its wrapper.
+        compute: from hidden states ``[B, T, H]`` to a scalar, or nothing.
+        inputs: of the model's forward pass.
+
+    Returns:
+        What ``compute`` returned.
+    """
+    results: list[Tensor | None] = []
+
+    def before_head(head: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        results.append(compute(arguments[0]))
+        # One position's logits are the least that a head can be asked for.
+        return (arguments[0][:, :1],)
+
+    handle = unwrapped.get_output_embeddings().register_forward_pre_hook(before_head)
+    try:
+        logits = model(use_cache=False, **inputs).logits
+    finally:
+        handle.remove()
+    (result,) = results
+    # Wrappers begin their backward pass at the model's output, so that is part of the graph, empty.
+    return None if result is None else result + logits[..., :0].sum()
+
+
 def _whole(parameter: Any) -> Tensor:
-    """A parameter that FSDP2 or tensor parallelism has sharded, gathered; differentiable."""
+    """A parameter that FSDP2 or tensor parallelism has sharded, gathered."""
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter

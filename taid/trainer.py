@@ -17,6 +17,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ from transformers.trainer_callback import ExportableState, TrainerControl, Train
 
 from taid import fused
 from taid.errors import TaidError
-from taid.heads import final_hidden_states, head_options, head_weight, trim
+from taid.heads import at_head, head_options, head_weight, trim
 from taid.objectives import curriculum_reversal
+from taid.sampled import SampledTeacher, check_sampled_objective, fused_sampled_objective
 from taid.schedule import AdaptiveInterpolation
 from taid.teacher import Teacher
 
@@ -224,7 +226,7 @@ class DistillationTrainer(Trainer):
         model: Any,
         args: TrainingArguments,
         train_dataset: Any,
-        teacher: Teacher | None = None,
+        teacher: Teacher | SampledTeacher | None = None,
         objective: str = "taid",
         interpolation: AdaptiveInterpolation | None = None,
         objective_arguments: Mapping[str, Any] | None = None,
@@ -240,13 +242,15 @@ class DistillationTrainer(Trainer):
             model: the student, a `transformers` causal language model.
             args: the Trainer's arguments; ``logging_steps=1`` logs every step.
             train_dataset: examples as the module's head says.
-            teacher: ``LiveTeacher`` or ``CachedTeacher``; not needed by ``cross_entropy``.
+            teacher: ``LiveTeacher``, ``CachedTeacher`` or, for the objectives of ``SAMPLED_OBJECTIVES``,
+                ``SampledTeacher``; not needed by ``cross_entropy``.
             objective: a key of ``OBJECTIVES``.
             interpolation: the schedule of t, for ``taid`` alone; None: ``AdaptiveInterpolation()``.
             objective_arguments: keyword arguments of the objective, such as ``{"skew": 0.1}``.
             vocabulary_size: shared rows of the heads (``shared_vocabulary_size``); None: the fewer rows.
             chunk_size: positions that are projected at a time.
-            evaluation_teacher: the teacher of ``eval_dataset``; None: ``teacher``.
+            evaluation_teacher: the teacher of ``eval_dataset``; None: ``teacher``, unless that is sampled:
+                then cross-entropy alone is evaluated.
             eval_dataset: held-out examples, evaluated with ``evaluate_distillation``.
             data_collator: makes a batch of examples.
             trainer_arguments: anything else that the Trainer takes.
@@ -260,6 +264,8 @@ class DistillationTrainer(Trainer):
             raise TaidError(f"The objective {objective} needs a teacher.")
         if interpolation is not None and objective != "taid":
             raise TaidError(f"The objective {objective} has no interpolation; leave it out.")
+        if isinstance(teacher, SampledTeacher) and objective != "cross_entropy":
+            check_sampled_objective(objective)
         # The dataset's columns are this class's, not the model's forward arguments.
         args.remove_unused_columns = False
         super().__init__(
@@ -277,7 +283,9 @@ class DistillationTrainer(Trainer):
         self.interpolation = (interpolation or AdaptiveInterpolation()) if objective == "taid" else None
         self.chunk_size = chunk_size
         self.teacher = teacher.to(args.device) if hasattr(teacher, "to") else teacher  # type: ignore[union-attr]
-        self.evaluation_teacher = evaluation_teacher or teacher
+        if evaluation_teacher is None and not isinstance(teacher, SampledTeacher):
+            evaluation_teacher = teacher
+        self.evaluation_teacher = evaluation_teacher
         rows = model.get_output_embeddings().weight.shape[0]
         if teacher is not None:
             rows = min(rows, teacher.vocabulary_size)
@@ -285,6 +293,12 @@ class DistillationTrainer(Trainer):
         if self.vocabulary_size > rows:
             raise TaidError(
                 f"vocabulary_size {self.vocabulary_size} is more than the {rows} rows that both heads have."
+            )
+        if isinstance(teacher, SampledTeacher) and self.vocabulary_size != teacher.vocabulary_size:
+            raise TaidError(
+                f"{teacher.folder}: was sampled over {teacher.vocabulary_size} tokens, teacher and student "
+                f"share {self.vocabulary_size}; write the cache anew with vocabulary_size "
+                f"{self.vocabulary_size}."
             )
         self._student: Any = model
         self.temperature_parameter = (
@@ -361,40 +375,47 @@ class DistillationTrainer(Trainer):
             num_items_in_batch: learned tokens of the step; None: those of this batch.
         """
         labels, mask = prediction_targets(inputs)
-        student_hidden = self._student_hidden_states(model, inputs)[:, :-1]
-        weight, options = trim(head_weight(self._student), head_options(self._student), self.vocabulary_size)
-        arguments: dict[str, Any] = {**self.objective_arguments}
+        arguments: dict[str, Any] = {**self.objective_arguments, "mask": mask, "chunk_size": self.chunk_size}
         entropy: Tensor | None = None
         if self.interpolation is not None:
             arguments["t"] = self.interpolation.t
             if self.interpolation.signal == "divergence":
-                precise = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
-                entropy = arguments["target_entropy"] = student_hidden.new_zeros((), dtype=precise)
+                double = self._student.get_output_embeddings().weight.dtype == torch.float64
+                precise = torch.float64 if double else torch.float32
+                entropy = arguments["target_entropy"] = torch.zeros((), dtype=precise, device=mask.device)
         if self.temperature_parameter is not None:
             arguments["temperature"] = self.temperature()
             arguments["reversal"] = curriculum_reversal(self.state.global_step, self.state.max_steps)
         if self.objective in ("cross_entropy", "decoupled_kd"):
             arguments["labels"] = labels
-        if self.objective != "cross_entropy":
+        objective: Callable[..., Tensor] = OBJECTIVES[self.objective]
+        positions = model_inputs(inputs)
+        if self.objective != "cross_entropy" and isinstance(self.teacher, SampledTeacher):
+            objective = partial(fused_sampled_objective, self.objective)
+            sampled = self.teacher.sampled_probabilities(inputs["input_ids"], inputs.get("index"))
+            arguments["sampled"] = sampled[:, :-1]
+        elif self.objective != "cross_entropy":
             assert self.teacher is not None
             arguments["teacher_hidden"] = self.teacher.hidden_states(
-                inputs["input_ids"],
-                index=inputs.get("index"),
-                position_ids=inputs.get("position_ids"),
-                attention_mask=inputs.get("attention_mask"),
+                inputs["input_ids"], index=inputs.get("index"), **positions
             )[:, :-1]
             arguments["teacher_head_weight"], arguments["teacher_head"] = trim(
                 self.teacher.head_weight, self.teacher.head_options, self.vocabulary_size
             )
-        with self.accelerator.autocast():
-            loss = OBJECTIVES[self.objective](
-                student_hidden=student_hidden,
+
+        def loss_at_head(hidden: Tensor) -> Tensor:
+            weight, options = trim(
+                head_weight(self._student), head_options(self._student), self.vocabulary_size
+            )
+            return objective(
+                student_hidden=hidden[:, :-1],
                 student_head_weight=weight,
-                mask=mask,
                 student_head=options,
-                chunk_size=self.chunk_size,
                 **arguments,
             )
+
+        with self.accelerator.autocast():
+            loss = at_head(model, self._student, loss_at_head, input_ids=inputs["input_ids"], **positions)
         if num_items_in_batch is not None:
             # DDP and FSDP average gradients over ranks, so each rank's share is scaled up by their number.
             share = self.accelerator.num_processes / max(int(num_items_in_batch), 1)
@@ -482,21 +503,10 @@ class DistillationTrainer(Trainer):
             if isinstance(callback, InterpolationCallback):
                 callback.trainer = self
 
-    def _student_hidden_states(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-        """Final hidden states through the wrapped model: DDP, FSDP and autocast act on its forward pass."""
-        arguments = {
-            name: inputs[name] for name in ("position_ids", "attention_mask") if inputs.get(name) is not None
-        }
-        captured: list[Tensor] = []
-        handle = self._student.get_decoder().register_forward_hook(
-            lambda module, args, output: captured.append(output.last_hidden_state)
-        )
-        try:
-            # One position's logits are the least that a wrapped causal model can be asked for.
-            model(input_ids=inputs["input_ids"], use_cache=False, logits_to_keep=1, **arguments)
-        finally:
-            handle.remove()
-        return captured[0]
+
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What a batch says of its positions, as far as it does: ``position_ids`` and ``attention_mask``."""
+    return {name: batch[name] for name in ("position_ids", "attention_mask") if batch.get(name) is not None}
 
 
 def prediction_mask(batch: Mapping[str, Tensor]) -> Tensor:
@@ -549,10 +559,9 @@ def evaluate_distillation(
         "position_ids": as_blocks(position_ids),
         "index": torch.arange(len(token_blocks)) if index is None else as_blocks(index),
     }
-    weight = head_weight(student)
-    rows = min(weight.shape[0], teacher.vocabulary_size) if teacher is not None else weight.shape[0]
+    student_rows = student.get_output_embeddings().weight
+    rows = min([student_rows.shape[0]] + ([] if teacher is None else [teacher.vocabulary_size]))
     vocabulary_size = vocabulary_size or rows
-    weight, options = trim(weight, head_options(student), vocabulary_size)
     if teacher is not None:
         teacher_weight, teacher_options = trim(teacher.head_weight, teacher.head_options, vocabulary_size)
     names = ["student_cross_entropy"]
@@ -560,39 +569,48 @@ def evaluate_distillation(
         names += ["teacher_cross_entropy", "kl_teacher_student", "kl_student_teacher", "same_top"]
     sums: dict[str, float] = dict.fromkeys(names, 0.0)
     count = 0
+
+    def measure(batch: dict[str, Tensor], hidden: Tensor) -> None:
+        nonlocal count
+        labels, mask = prediction_targets(batch)
+        count += int(mask.sum())
+        weight, options = trim(head_weight(student), head_options(student), vocabulary_size)
+        student_hidden, chosen_labels = hidden[:, :-1][mask], labels[mask].unsqueeze(-1)
+        teacher_hidden = None
+        if teacher is not None:
+            states = teacher.hidden_states(batch["input_ids"], index=batch["index"], **model_inputs(batch))
+            teacher_hidden = states[:, :-1][mask].to(teacher_weight.dtype)
+        for first in range(0, len(student_hidden), chunk_size):
+            chunk = slice(first, first + chunk_size)
+            log_q = options.apply_((student_hidden[chunk] @ weight.T).float()).log_softmax(-1)
+            target = chosen_labels[chunk]
+            sums["student_cross_entropy"] -= float(log_q.gather(-1, target).double().sum())
+            if teacher_hidden is None:
+                continue
+            products = (teacher_hidden[chunk] @ teacher_weight.T).float()
+            log_p = teacher_options.apply_(products).log_softmax(-1)
+            sums["teacher_cross_entropy"] -= float(log_p.gather(-1, target).double().sum())
+            sums["same_top"] += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+            difference = log_p - log_q
+            sums["kl_teacher_student"] += float((log_p.exp_() * difference).sum(-1).double().sum())
+            sums["kl_student_teacher"] -= float((log_q.exp_() * difference).sum(-1).double().sum())
+
     was_training = student.training
     student.eval()
     try:
         for start in range(0, len(token_blocks), batch_size):
             batch = {
-                name: values[start : start + batch_size].to(weight.device)
+                name: values[start : start + batch_size].to(student_rows.device)
                 for name, values in fields.items()
                 if values is not None
             }
-            labels, mask = prediction_targets(batch)
-            count += int(mask.sum())
-            positions = {"position_ids": batch["position_ids"]} if "position_ids" in batch else {}
-            student_hidden = final_hidden_states(student, batch["input_ids"], **positions)[:, :-1][mask]
-            chosen_labels = labels[mask].unsqueeze(-1)
-            teacher_hidden = None
-            if teacher is not None:
-                teacher_hidden = teacher.hidden_states(batch["input_ids"], index=batch["index"], **positions)[
-                    :, :-1
-                ][mask].to(teacher_weight.dtype)
-            for first in range(0, len(student_hidden), chunk_size):
-                chunk = slice(first, first + chunk_size)
-                log_q = options.apply_((student_hidden[chunk] @ weight.T).float()).log_softmax(-1)
-                target = chosen_labels[chunk]
-                sums["student_cross_entropy"] -= float(log_q.gather(-1, target).double().sum())
-                if teacher_hidden is None:
-                    continue
-                products = (teacher_hidden[chunk] @ teacher_weight.T).float()
-                log_p = teacher_options.apply_(products).log_softmax(-1)
-                sums["teacher_cross_entropy"] -= float(log_p.gather(-1, target).double().sum())
-                sums["same_top"] += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
-                difference = log_p - log_q
-                sums["kl_teacher_student"] += float((log_p.exp_() * difference).sum(-1).double().sum())
-                sums["kl_student_teacher"] -= float((log_q.exp_() * difference).sum(-1).double().sum())
+            at_head(
+                student,
+                student,
+                partial(measure, batch),
+                input_ids=batch["input_ids"],
+                **model_inputs(batch),
+            )
     finally:
         student.train(was_training)
     if count == 0:

@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from taid import CachedTeacher, LiveTeacher, TaidError, Teacher, write_hidden_state_cache
+from taid.cache import _write_npy
 from taid.heads import head_options, head_weight
-from taid.teacher import _write_npy
 
 BLOCKS, LENGTH, WIDTH = 10, 8, 128
 SHARD_BYTES = 4 * LENGTH * WIDTH * 4  # four blocks a shard in float32
@@ -227,7 +227,7 @@ def test_damage_is_named(cache, name):
         ("{", "cannot be read"),
         ("[]", "no mapping"),
         ("{}", "not a hidden-state cache"),
-        (json.dumps({"format": "taid-hidden-states", "version": 1}), "incomplete"),
+        (json.dumps({"format": "taid-hidden-states", "version": 2}), "incomplete"),
     ],
 )
 def test_a_broken_description_is_named(cache, content, message):
