@@ -75,7 +75,7 @@ def stage_names(plan: Recipe) -> list[str]:
     formats = [name for name in exports.FORMATS if getattr(plan.export, name)]
     return [
         *("teacher", "prepare", "chats", "student"),
-        *(["hidden states"] if plan.teacher.cache == "hidden" else []),
+        *(["hidden states"] if plan.teacher.cache != "none" else []),
         "distill",
         *(["control"] if plan.distill.control else []),
         *(["pretrain"] if plan.pretrain is not None else []),
@@ -137,9 +137,9 @@ def distill_and_ship(
     made["text"] = step(prepare.run, "prepare")(shelf, plan, made["teacher"])
     made["chats"] = step(chats.run, "chats")(shelf, plan, made["teacher"])
     made["student"] = step(student.run, "student")(shelf, plan, made["teacher"], made["text"])
-    if plan.teacher.cache == "hidden":
+    if plan.teacher.cache != "none":
         made["hidden_states"] = step(hidden_states.run, "hidden states")(
-            shelf, plan, made["teacher"], made["text"]
+            shelf, plan, made["teacher"], made["text"], made["student"]
         )
 
     materials = (made["teacher"], made["student"], made["text"], made.get("hidden_states"))

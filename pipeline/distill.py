@@ -24,6 +24,7 @@ from taid import (
     CachedTeacher,
     DistillationTrainer,
     LiveTeacher,
+    SampledTeacher,
     TokenBlockDataset,
     evaluate_distillation,
     freeze_embeddings,
@@ -52,7 +53,7 @@ def run(
         teacher: the teacher's folder.
         student: the initial student.
         text: packed tokens.
-        hidden_states: the teacher's cached hidden states; None: the teacher runs alongside.
+        hidden_states: what ``hidden_states.run`` kept of the teacher; None: the teacher runs alongside.
         objective: ``taid``, or another of the recipe's objectives, such as a ``cross_entropy`` control.
 
     Returns:
@@ -75,14 +76,17 @@ def run(
         positions = {split: position_ids(np.load(text.path / f"documents_{split}.npy")) for split in SPLITS}
         if hidden_states is None:
             live = LiveTeacher(load_model(teacher.path / "model", recipe.teacher.trust_remote_code))
-            teachers: dict[str, LiveTeacher | CachedTeacher] = dict.fromkeys(SPLITS, live)
+            train_teacher: LiveTeacher | CachedTeacher | SampledTeacher = live
+            held_out_teacher: LiveTeacher | CachedTeacher = live
         else:
             # The store has verified the digests of these files a moment ago.
-            teachers = {split: CachedTeacher(hidden_states.path / split, verify=False) for split in SPLITS}
+            kind = SampledTeacher if recipe.teacher.cache == "sampled" else CachedTeacher
+            train_teacher = kind(hidden_states.path / "train", verify=False)
+            held_out_teacher = CachedTeacher(hidden_states.path / "held_out", verify=False)
 
         def evaluate() -> dict[str, float]:
             measured = evaluate_distillation(
-                model, teachers["held_out"], blocks["held_out"], position_ids=positions["held_out"]
+                model, held_out_teacher, blocks["held_out"], position_ids=positions["held_out"]
             )
             return {
                 "cross_entropy": measured["student_cross_entropy"],
@@ -124,8 +128,8 @@ def run(
                 blocks["held_out"][:evaluation_blocks],
                 position_ids=positions["held_out"][:evaluation_blocks],
             ),
-            teacher=None if objective == "cross_entropy" else teachers["train"],
-            evaluation_teacher=teachers["held_out"],
+            teacher=None if objective == "cross_entropy" else train_teacher,
+            evaluation_teacher=held_out_teacher,
             objective=objective,
             interpolation=interpolation,
             processing_class=tokenizer,

@@ -1,8 +1,10 @@
-"""The teacher's final hidden states on training and held-out text, computed once and read by every
-training run and evaluation: the exact distribution for the price of the head."""
+"""What the teacher says of training and held-out text, computed once and read by every training run and
+evaluation: its final hidden states, which are the exact distributions for the price of the head, or for
+training text a few sampled tokens of each distribution."""
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,20 +13,40 @@ from pipeline.artifacts import Artifact, Store
 from pipeline.models import load_model, position_ids, throttled
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe
-from taid import write_hidden_state_cache
+from pipeline.student import load_config_vocabulary_size
+from taid import write_hidden_state_cache, write_sampled_cache
 
 STAGE = "hidden_states"
-VERSION = 1
+VERSION = 2
 SPLITS = ("train", "held_out")
 
 
-def run(store: Store, recipe: Recipe, teacher: Artifact, text: Artifact) -> Artifact:
+def run(
+    store: Store, recipe: Recipe, teacher: Artifact, text: Artifact, student: Artifact | None = None
+) -> Artifact:
     """Writes one cache for each split.
 
+    Args:
+        store: where the result goes.
+        recipe: its ``teacher`` section says what is kept.
+        teacher: the teacher's folder.
+        text: packed tokens.
+        student: the initial student, whose head may have fewer rows than the teacher's; samples are drawn
+            from the rows that both have.
+
     Returns:
-        ``train/`` and ``held_out/``, folders that ``taid.CachedTeacher`` opens. A killed run goes on after
-        its last complete shard.
+        ``train/`` and ``held_out/``, folders that ``taid.CachedTeacher`` opens; with ``teacher.cache:
+        sampled``, ``train/`` is one for ``taid.SampledTeacher``. A killed run goes on after its last complete
+        shard.
     """
+    sampled: dict[str, int] = {}
+    if recipe.teacher.cache == "sampled":
+        heads = [artifact.path / "model" for artifact in (teacher, student) if artifact is not None]
+        sampled = {
+            "samples": recipe.teacher.cache_samples,
+            "vocabulary_size": min(map(load_config_vocabulary_size, heads)),
+            "seed": recipe.seed,
+        }
 
     def make(output: Path, work: Path) -> None:
         model = load_model(teacher.path / "model", recipe.teacher.trust_remote_code)
@@ -32,11 +54,13 @@ def run(store: Store, recipe: Recipe, teacher: Artifact, text: Artifact) -> Arti
         for split in SPLITS:
             blocks = np.load(text.path / f"{split}.npy")
             documents = np.load(text.path / f"documents_{split}.npy")
-            write_hidden_state_cache(
+            keep: Callable[..., None] = partial(write_hidden_state_cache, dtype=recipe.teacher.cache_dtype)
+            if sampled and split == "train":
+                keep = partial(write_sampled_cache, **sampled)
+            keep(
                 model,
                 blocks,
                 work / split,
-                dtype=recipe.teacher.cache_dtype,
                 batch_size=4,
                 progress=progress_lines(report, split, blocks.shape[1]),
                 position_ids=position_ids(documents),
@@ -48,7 +72,7 @@ def run(store: Store, recipe: Recipe, teacher: Artifact, text: Artifact) -> Arti
     return store.get_or_make(
         STAGE,
         VERSION,
-        {"cache_dtype": recipe.teacher.cache_dtype},
+        {"cache_dtype": recipe.teacher.cache_dtype, **sampled},
         {"teacher": teacher, "text": text},
         make,
     )

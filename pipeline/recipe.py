@@ -15,6 +15,18 @@ from pipeline.errors import UserError
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
 
 
+SAMPLED_OBJECTIVES = (
+    "taid",
+    "cross_entropy",
+    "forward_kl",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "jensen_shannon",
+    "total_variation",
+)
+"""Objectives that can be learned from ``teacher.cache: sampled``."""
+
+
 class Section(BaseModel):
     """A part of the recipe; unknown keys are errors."""
 
@@ -30,10 +42,13 @@ class Teacher(Section):
     revision: str | None = Field(None, description="Commit or tag of a Hugging Face name.")
     trust_remote_code: bool = Field(False, description="Run code that the model's repository carries.")
     licence: str = Field("unknown", description="SPDX identifier, carried into the model cards.")
-    cache: Literal["none", "hidden"] = Field(
-        "hidden", description="hidden: the teacher's final hidden states are computed once and reused."
+    cache: Literal["none", "hidden", "sampled"] = Field(
+        "hidden",
+        description="hidden: the teacher's final hidden states are computed once and reused. sampled: of the "
+        "training text, a few sampled tokens of each distribution (small, unbiased, noisier).",
     )
     cache_dtype: Literal["float32", "bfloat16"] = "float32"
+    cache_samples: int = Field(32, ge=1, description="Tokens that a sampled cache keeps of a position.")
 
 
 class Text(Section):
@@ -272,6 +287,16 @@ class Recipe(Section):
         if ".." in name:
             raise ValueError("a name may not contain '..'")
         return name
+
+    @model_validator(mode="after")
+    def samples_are_enough(self) -> Self:
+        if self.teacher.cache == "sampled" and self.distill.objective not in SAMPLED_OBJECTIVES:
+            raise ValueError(
+                f"distill.objective: {self.distill.objective} needs more of the teacher than "
+                f"teacher.cache: sampled keeps; set teacher.cache to hidden or choose from "
+                f"{', '.join(SAMPLED_OBJECTIVES)}"
+            )
+        return self
 
     def slice(self, *sections: str) -> dict[str, Any]:
         """The named sections as plain JSON values: what a stage's result depends on."""

@@ -39,7 +39,14 @@ from taid.sampled import (
 )
 from taid.schedule import AdaptiveInterpolation
 from taid.student import block_influence, drop_layers, freeze_embeddings, prune_by_influence
-from taid.teacher import CachedTeacher, LiveTeacher, Teacher, model_digest, write_hidden_state_cache
+from taid.teacher import (
+    CachedTeacher,
+    LiveTeacher,
+    Teacher,
+    model_digest,
+    shard_teacher,
+    write_hidden_state_cache,
+)
 from taid.trainer import (
     OBJECTIVES,
     DistillationTrainer,
@@ -90,6 +97,7 @@ __all__ = [
     "prune_by_influence",
     "reverse_kl",
     "sample_probabilities",
+    "shard_teacher",
     "shared_vocabulary_size",
     "skew_forward_kl",
     "skew_reverse_kl",

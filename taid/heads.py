@@ -55,6 +55,21 @@ def trim(weight: Tensor, options: HeadOptions, vocabulary_size: int) -> tuple[Te
     return weight[:vocabulary_size], HeadOptions(bias, options.logit_scale, options.softcap)
 
 
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The decoder's list of layers.
+
+    Raises:
+        TaidError: the model has none under the usual name ``layers``.
+    """
+    layers = getattr(model.get_decoder(), "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise TaidError(
+            f"{type(model).__name__} keeps no list of layers named `layers`; "
+            "it can be neither pruned nor sharded."
+        )
+    return layers
+
+
 def final_hidden_states(model: Any, input_ids: Tensor, **inputs: Any) -> Tensor:
     """Hidden states ``[B, T, H]`` after the final norm, without a projection by the head."""
     decoder: nn.Module = model.get_decoder()

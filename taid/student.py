@@ -11,21 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from taid.errors import TaidError
-from taid.heads import final_hidden_states, head_weight
-
-
-def decoder_layers(model: Any) -> nn.ModuleList:
-    """The decoder's list of layers.
-
-    Raises:
-        TaidError: the model has none under the usual name ``layers``.
-    """
-    layers = getattr(model.get_decoder(), "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise TaidError(
-            f"{type(model).__name__} keeps no list of layers named `layers`; it cannot be pruned."
-        )
-    return layers
+from taid.heads import decoder_layers, final_hidden_states, head_weight
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 
 from taid.cache import (
     SHARD_BYTES,
@@ -36,7 +37,7 @@ from taid.cache import (
 )
 from taid.errors import TaidError
 from taid.fused import HeadOptions
-from taid.heads import final_hidden_states, head_options, head_weight
+from taid.heads import decoder_layers, final_hidden_states, head_options, head_weight
 
 FORMAT = "taid-hidden-states"
 VERSION = 2
@@ -118,6 +119,27 @@ class LiveTeacher:
         return final_hidden_states(
             self.model, input_ids, position_ids=position_ids, attention_mask=attention_mask
         )
+
+
+def shard_teacher(model: Any) -> LiveTeacher:
+    """A live teacher whose weights are divided among the ranks of the process group (FSDP2).
+
+    Each layer is whole only while it computes. Every rank must ask for hidden states at the same time, as
+    data-parallel training does. The head, which the loss reads, stays whole on every rank.
+
+    Args:
+        model: a `transformers` causal language model, the same on every rank, on its device.
+
+    Raises:
+        TaidError: there is no process group, or the model keeps no list of layers.
+    """
+    if not torch.distributed.is_initialized():
+        raise TaidError("A teacher is sharded among the ranks of a process group; start under torchrun.")
+    decoder = model.eval().requires_grad_(False).get_decoder()
+    for layer in decoder_layers(model):
+        fully_shard(layer)
+    fully_shard(decoder, reshard_after_forward=True)
+    return LiveTeacher(model)
 
 
 class CachedTeacher:
