@@ -204,7 +204,7 @@ def run(
     initial = student.run(store, recipe, teacher_model, text)
     cache = None
     if recipe.teacher.cache != "none":
-        cache = hidden_states.run(store, recipe, teacher_model, text)
+        cache = hidden_states.run(store, recipe, teacher_model, text, initial)
     trusted = recipe.teacher.trust_remote_code
     reference = read(measure(store, text, teacher_model, "teacher", trusted), "measure.json")
     before = read(measure(store, text, initial, "initial student"), "measure.json")

@@ -41,10 +41,12 @@ def run(
     """
     sampled: dict[str, int] = {}
     if recipe.teacher.cache == "sampled":
-        heads = [artifact.path / "model" for artifact in (teacher, student) if artifact is not None]
+        heads = [load_config_vocabulary_size(teacher.path / "model", recipe.teacher.trust_remote_code)]
+        if student is not None:
+            heads.append(load_config_vocabulary_size(student.path / "model"))
         sampled = {
             "samples": recipe.teacher.cache_samples,
-            "vocabulary_size": min(map(load_config_vocabulary_size, heads)),
+            "vocabulary_size": min(heads),
             "seed": recipe.seed,
         }
 

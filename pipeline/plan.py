@@ -124,9 +124,12 @@ def run(
         hours = trained / tokens_per_second / 3600
     width = teacher.get_text_config().hidden_size
     element = 4 if recipe.teacher.cache_dtype == "float32" else 2
-    caches = {"none": 0, "hidden": width * element}
-    per_token = caches.get(recipe.teacher.cache)
-    disk = _disk(recipe, simulated, train, held_out, per_token, _weight_bytes(recipe, teacher))
+    # Of sampled tokens: id, log-probability, and the position's threshold. Held-out text keeps hidden states.
+    id_bytes = 2 if min(rows) <= 2**16 else 4
+    sampled = recipe.teacher.cache_samples * (id_bytes + 4) + 4
+    per_token = {"none": 0, "hidden": width * element, "sampled": sampled}[recipe.teacher.cache]
+    cache_bytes = per_token * train + (width * element if per_token else 0) * held_out
+    disk = _disk(recipe, simulated, train, held_out, cache_bytes, _weight_bytes(recipe, teacher))
     memory = {**simulated["memory"], "devices": devices, "precision": precision}
     if device_memory is not None:
         memory |= {"device_bytes": int(device_memory * 1e9)}
@@ -155,7 +158,7 @@ def run(
         "cache": {
             "kind": recipe.teacher.cache,
             "bytes_per_token": per_token,
-            "bytes": None if per_token is None else per_token * (train + held_out),
+            "bytes": cache_bytes,
             "hidden_bytes_per_token": width * element,
         },
         "disk": {**disk, "total": sum(disk.values())},
@@ -193,7 +196,7 @@ def _disk(
     simulated: dict[str, Any],
     train: int,
     held_out: int,
-    cache_bytes: int | None,
+    cache_bytes: int,
     teacher_bytes: int,
 ) -> dict[str, int]:
     """Bytes of what the store and the release will hold, by kind. Chats and reports are small beside it."""
@@ -207,7 +210,7 @@ def _disk(
     return {
         "teacher": simulated["teacher"]["parameters"] * teacher_bytes,
         "text": (train + held_out + calibration) * 8,
-        "cache": (cache_bytes or 0) * (train + held_out),
+        "cache": cache_bytes,
         "students": models * parameters * 4,
         "checkpoints": CHECKPOINTS * (parameters * 4 + simulated["student"]["trainable_parameters"] * 8),
         # In the store and, a second time, in the release.

@@ -280,7 +280,7 @@ def fused_sampled_objective(
         mask: ``[N]`` or ``[B, T]``: positions that count; None: all.
         student_head: bias, scale and soft-capping.
         chunk_size: positions at a time.
-        arguments: the objective's own, such as ``t`` or ``skew``, and ``target_entropy`` as in ``fused_taid``.
+        arguments: the objective's own, such as ``t`` or ``skew``, and ``fused_taid``'s ``target_entropy``.
 
     Raises:
         TaidError: the objective cannot be estimated from samples, or shapes do not fit together.

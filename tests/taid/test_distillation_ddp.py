@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 SCRIPT = """
 import json, sys
 import numpy as np, torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 from taid import (
     AdaptiveInterpolation, DistillationTrainer, LiveTeacher, TokenBlockDataset, shard_teacher,
@@ -40,6 +42,9 @@ arguments = TrainingArguments(
        if strategy.startswith("fsdp") else {}),
 )
 arguments.device  # makes the process group
+if strategy.startswith("fsdp"):
+    # accelerate passes FSDP over on CPUs; the state's name of the devices is all that it goes by.
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 teacher = LiveTeacher(model(1, 48))
 if strategy == "fsdp-teacher":
     teacher = shard_teacher(model(1, 48))

@@ -273,3 +273,57 @@ def test_a_second_backward_says_so():
     loss.backward(retain_graph=True)
     with pytest.raises(TaidError, match="once"):
         loss.backward()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from(NAMES),
+    seed=st.integers(0, 2**31),
+    vocabulary=st.integers(4, 30),
+    softcap=st.sampled_from([None, 4.0]),
+    student_sign=st.sampled_from([-1, 1]),
+    teacher_sign=st.sampled_from([-1, 1]),
+)
+def test_infinite_logits(name, seed, vocabulary, softcap, student_sign, teacher_sign):
+    """A bias of infinity, as for forbidden tokens, in either model: as the reference, and never NaN."""
+    parts = problem(seed, 9, vocabulary, 3, 4)
+    parts["bias"][1] = student_sign * torch.inf
+    parts["teacher_bias"][2] = teacher_sign * torch.inf
+    parts["labels"].clamp_(min=3)
+    parts["mask"][0] = True
+    extra = {"t": 0.3} if name == "taid" else {}
+    for ours, reference in zip(*both(name, parts, extra, True, 0.7, softcap, 4), strict=True):
+        assert torch.isfinite(ours).all()
+        largest = max(float(reference.abs().max()), 1e-3)
+        torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-10 * largest)
+
+
+@settings(max_examples=20, deadline=None)
+@given(name=st.sampled_from(NAMES), seed=st.integers(0, 2**31), padding=st.tuples(*[st.integers(0, 5)] * 2))
+def test_padded_vocabulary_and_tied_head(name, seed, padding):
+    """Heads with rows of their own, trimmed to the shared ones; the student's head is its embedding."""
+    vocabulary = 12
+    parts = problem(seed, 10, vocabulary, 3, 4)
+    generator = torch.Generator().manual_seed(seed)
+    embedding = torch.randn(vocabulary + padding[0], 3, dtype=torch.float64, generator=generator)
+    teacher_weight = torch.randn(vocabulary + padding[1], 4, dtype=torch.float64, generator=generator)
+    extra = {"t": 0.6} if name == "taid" else {}
+    if name in ("decoupled_kd", "cross_entropy"):
+        extra["labels"] = parts["labels"]
+    results = []
+    for is_fused in (True, False):
+        tied = embedding.clone().requires_grad_()
+        hidden, head = torch.tanh(tied[parts["labels"]]), tied[:vocabulary]
+        if is_fused:
+            models = [hidden, head]
+            if name != "cross_entropy":
+                models += [parts["teacher_hidden"], teacher_weight[:vocabulary]]
+            loss = getattr(fused, f"fused_{name}")(*models, mask=parts["mask"], chunk_size=4, **extra)
+        else:
+            logits = [hidden @ head.T]
+            if name != "cross_entropy":
+                logits.append(parts["teacher_hidden"] @ teacher_weight[:vocabulary].T)
+            loss = getattr(objectives, name)(*logits, parts["mask"], **extra)
+        results.append([loss.detach(), *torch.autograd.grad(loss, tied)])
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-12)
