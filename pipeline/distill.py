@@ -83,7 +83,9 @@ def run(
         model, tokenizer = load_model(student.path / "model"), load_tokenizer(student.path / "model")
         generation_config = model.generation_config
         blocks, positions = text_blocks(text.path)
-        train_teacher, held_out_teacher = teachers(recipe, teacher.path, hidden_states and hidden_states.path)
+        train_teacher, held_out_teacher = teachers(
+            recipe, teacher.path, None if hidden_states is None else hidden_states.path
+        )
 
         def evaluate() -> dict[str, float]:
             measured = evaluate_distillation(

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +40,7 @@ def run(
         sampled``, ``train/`` is one for ``taid.SampledTeacher``. A killed run goes on after its last complete
         shard.
     """
-    sampled: dict[str, int] = {}
+    sampled: dict[str, Any] = {}
     if recipe.teacher.cache == "sampled":
         heads = [load_config_vocabulary_size(teacher.path / "model", recipe.teacher.trust_remote_code)]
         if student is not None:

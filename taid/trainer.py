@@ -390,17 +390,17 @@ class DistillationTrainer(Trainer):
             arguments["labels"] = labels
         objective: Callable[..., Tensor] = OBJECTIVES[self.objective]
         positions = model_inputs(inputs)
-        if self.objective != "cross_entropy" and isinstance(self.teacher, SampledTeacher):
+        teacher = None if self.objective == "cross_entropy" else self.teacher
+        if isinstance(teacher, SampledTeacher):
             objective = partial(fused_sampled_objective, self.objective)
-            sampled = self.teacher.sampled_probabilities(inputs["input_ids"], inputs.get("index"))
+            sampled = teacher.sampled_probabilities(inputs["input_ids"], inputs.get("index"))
             arguments["sampled"] = sampled[:, :-1]
-        elif self.objective != "cross_entropy":
-            assert self.teacher is not None
-            arguments["teacher_hidden"] = self.teacher.hidden_states(
+        elif teacher is not None:
+            arguments["teacher_hidden"] = teacher.hidden_states(
                 inputs["input_ids"], index=inputs.get("index"), **positions
             )[:, :-1]
             arguments["teacher_head_weight"], arguments["teacher_head"] = trim(
-                self.teacher.head_weight, self.teacher.head_options, self.vocabulary_size
+                teacher.head_weight, teacher.head_options, self.vocabulary_size
             )
 
         def loss_at_head(hidden: Tensor) -> Tensor:
@@ -416,6 +416,7 @@ class DistillationTrainer(Trainer):
 
         with self.accelerator.autocast():
             loss = at_head(model, self._student, loss_at_head, input_ids=inputs["input_ids"], **positions)
+        assert loss is not None
         if num_items_in_batch is not None:
             # DDP and FSDP average gradients over ranks, so each rank's share is scaled up by their number.
             share = self.accelerator.num_processes / max(int(num_items_in_batch), 1)
