@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.progress import Progress
 from pipeline.recipe import Launch
 
-SHOWN_LINES = 20
+SHOWN_LINES = 40
 ENDING_SECONDS = 40.0
 """How long torchrun has to end its workers; it kills them itself after 30."""
 
@@ -78,8 +78,6 @@ def launch_training(
             stderr=said,
             text=True,
             errors="replace",
-            # Training's own threads: torchrun would give each worker one.
-            env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
         )
         assert child.stdout is not None
         try:
@@ -107,9 +105,10 @@ def forward(line: str, report: Callable[[str], None]) -> None:
     """Passes a worker's line of progress on; other lines are none."""
     try:
         told = json.loads(line)
-        report(Progress(**told["progress"]) if "progress" in told else told["line"])
+        text = Progress(**told["progress"]) if "progress" in told else str(told["line"])
     except (ValueError, KeyError, TypeError):
         return
+    report(text)
 
 
 def tell(line: str) -> None:
