@@ -1,19 +1,25 @@
 """Distillation: the student learns the teacher's next-token distributions on plain text."""
 
 import json
+import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from accelerate import PartialState
+from torch.distributed import is_initialized
 from transformers import TrainingArguments
 
 from pipeline.artifacts import Artifact, Store, write_json
-from pipeline.errors import UserError
+from pipeline.errors import EXIT_BAD_INPUT, UserError
 from pipeline.hidden_states import SPLITS
+from pipeline.launch import end_with_parent, launch_training, tell
 from pipeline.models import load_model, load_tokenizer, position_ids, save_model
-from pipeline.recipe import Recipe
+from pipeline.recipe import Launch, Recipe
 from pipeline.training import (
     ProgressLines,
     curve_of,
@@ -32,7 +38,9 @@ from taid import (
     TokenBlockDataset,
     evaluate_distillation,
     freeze_embeddings,
+    shard_teacher,
 )
+from taid.heads import decoder_layers
 
 STAGE = "distill"
 VERSION = 2
@@ -64,7 +72,7 @@ def run(
         ``model/``, ``curve.json`` and ``evaluation.json``. A killed run goes on from its last checkpoint.
 
     Raises:
-        UserError: training diverges.
+        UserError: training diverges, or a process of ``launch`` fails.
     """
     section = recipe.distill
     inputs = {"teacher": teacher, "student": student, "text": text}
@@ -99,25 +107,32 @@ def run(
         # Every objective starts from the same student, so what that is worth is measured once.
         initial = store.get_or_make(f"{STAGE}_initial", VERSION, {}, inputs, evaluate_initial)
         before = json.loads((initial.path / "evaluation.json").read_text(encoding="utf-8"))
-        trained = train_student(
-            recipe,
-            objective,
-            model,
-            tokenizer,
-            blocks,
-            positions,
-            train_teacher,
-            held_out_teacher,
-            work,
-            store.report,
-        )
+        if recipe.launch is None:
+            trained = train_student(
+                recipe,
+                objective,
+                model,
+                tokenizer,
+                blocks,
+                positions,
+                train_teacher,
+                held_out_teacher,
+                work,
+                store.report,
+            )
+        else:
+            trained = train_launched(
+                recipe, recipe.launch, objective, teacher, student, text, hidden_states, work, store
+            )
+            model = load_model(work / "trained")
         store.report(f"distill ({objective}): evaluating the trained student")
         after = evaluate()
         model.requires_grad_(True)
         save_model(model, tokenizer, output / "model", generation_config)
         curve = curve_of(trained["log_history"])
         length = blocks["train"].shape[1]
-        tokens_a_step = section.batch_size * section.gradient_accumulation * length
+        processes = 1 if recipe.launch is None else recipe.launch.processes * recipe.launch.nodes
+        tokens_a_step = section.batch_size * section.gradient_accumulation * processes * length
         total = int(blocks["train"].size * section.epochs)
         for point in curve:
             point["tokens"] = min(point["step"] * tokens_a_step, total)
@@ -142,6 +157,10 @@ def run(
     parameters = {
         key: value for key, value in recipe.slice("distill")["distill"].items() if key not in IRRELEVANT
     }
+    if recipe.launch is not None:
+        # More processes make larger batches; where the machines meet changes nothing.
+        launch = recipe.slice("launch")["launch"]
+        parameters |= {"launch": {key: launch[key] for key in ("processes", "nodes", "strategy")}}
     return store.get_or_make(
         STAGE, VERSION, {"objective": objective, **parameters}, inputs, make, recipe.seed
     )
@@ -160,7 +179,8 @@ def teachers(
     """The teachers of training and of held-out text."""
     if hidden_states is None:
         model = load_model(teacher / "model", recipe.teacher.trust_remote_code)
-        live = LiveTeacher(model)
+        sharded = recipe.launch is not None and recipe.launch.shard_teacher and is_initialized()
+        live = shard_teacher(model) if sharded else LiveTeacher(model)
         return live, live
     # The store has verified the digests of these files a moment ago.
     kind = SampledTeacher if recipe.teacher.cache == "sampled" else CachedTeacher
@@ -179,8 +199,14 @@ def train_student(
     held_out_teacher: LiveTeacher | CachedTeacher,
     work: Path,
     report: Callable[[str], None],
+    save_to: Path | None = None,
+    **distribution: Any,
 ) -> dict[str, Any]:
     """Trains the model, from the last checkpoint in ``work`` when there is one.
+
+    Args:
+        save_to: folder for the trained weights; None leaves them in ``model``.
+        distribution: arguments of ``TrainingArguments`` that say how processes share the work.
 
     Returns:
         ``log_history``, ``steps``, ``seconds`` and ``peak_memory_bytes`` of this process.
@@ -205,6 +231,7 @@ def train_student(
                 **training_values(section, work, recipe.seed),
                 eval_strategy="steps",
                 eval_steps=section.evaluate_every,
+                **distribution,
             ),
             train_dataset=TokenBlockDataset(blocks["train"], position_ids=positions["train"]),
             eval_dataset=TokenBlockDataset(
@@ -223,9 +250,97 @@ def train_student(
     start_counting_memory()
     started = time.monotonic()
     train(trainer, work, "distill")
+    if save_to is not None:
+        trainer.save_model(str(save_to))
     return {
         "log_history": trainer.state.log_history,
         "steps": trainer.state.global_step,
         "seconds": time.monotonic() - started,
         "peak_memory_bytes": peak_memory(),
     }
+
+
+def train_launched(
+    recipe: Recipe,
+    launch: Launch,
+    objective: str,
+    teacher: Artifact,
+    student: Artifact,
+    text: Artifact,
+    hidden_states: Artifact | None,
+    work: Path,
+    store: Store,
+) -> dict[str, Any]:
+    """``train_student`` in processes of their own, which leave the weights in ``work / "trained"``.
+
+    Raises:
+        UserError: as ``train_student``, a process failed, or FSDP was asked for without a GPU.
+    """
+    if launch.strategy == "fsdp" and not torch.cuda.is_available():
+        raise UserError(
+            "launch.strategy: fsdp shards among GPUs and there is none; use ddp, or leave `launch` out."
+        )
+    result = work / "trained" / "trained.json"
+    if not result.exists():
+        request = {
+            "recipe": recipe.model_dump(mode="json", by_alias=True),
+            "objective": objective,
+            "teacher": str(teacher.path),
+            "student": str(student.path),
+            "text": str(text.path),
+            "hidden_states": None if hidden_states is None else str(hidden_states.path),
+            "work": str(work),
+        }
+        launch_training(
+            launch, "pipeline.distill", request, work, store.log_file(f"distill {objective}"), store.report
+        )
+    return json.loads(result.read_text(encoding="utf-8"))
+
+
+def work_on(request: dict[str, Any]) -> None:
+    """What each process that ``train_launched`` starts does.
+
+    Raises:
+        UserError: as ``train_student``.
+    """
+    recipe = Recipe.model_validate(request["recipe"])
+    assert recipe.launch is not None
+    torch.set_num_threads(max(1, recipe.threads // recipe.launch.processes))
+    state = PartialState(cpu=not torch.cuda.is_available())
+    paths = {role: Path(request[role]) for role in ("teacher", "student", "text", "work")}
+    hidden_states = request["hidden_states"] and Path(request["hidden_states"])
+    blocks, positions = text_blocks(paths["text"])
+    model = load_model(paths["student"] / "model")
+    distribution: dict[str, Any] = {"ddp_find_unused_parameters": False}
+    if recipe.launch.strategy == "fsdp":
+        layers = type(decoder_layers(model)[0]).__name__
+        distribution = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": layers}}
+    unfinished = paths["work"] / "trained.partial"
+    trained = train_student(
+        recipe,
+        request["objective"],
+        model,
+        load_tokenizer(paths["student"] / "model"),
+        blocks,
+        positions,
+        *teachers(recipe, paths["teacher"], hidden_states),
+        paths["work"],
+        tell if state.is_main_process else lambda line: None,
+        unfinished,
+        **distribution,
+    )
+    if state.is_main_process:
+        write_json(unfinished / "trained.json", trained)
+        unfinished.rename(paths["work"] / "trained")
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    end_with_parent(signal.SIGKILL)
+    requested = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    try:
+        work_on(requested)
+    except UserError as problem:
+        (Path(requested["work"]) / "error.txt").write_text(str(problem), encoding="utf-8")
+        sys.exit(EXIT_BAD_INPUT)

@@ -281,6 +281,26 @@ class Bench(Section):
     )
 
 
+class Launch(Section):
+    """Distillation as processes of its own, one for each device, started by torchrun."""
+
+    processes: int = Field(1, ge=1, description="Training processes on each machine.")
+    nodes: int = Field(1, ge=1, description="Machines.")
+    rendezvous: str | None = Field(
+        None, description="HOST:PORT of the first machine, where several of them meet."
+    )
+    strategy: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="fsdp: the student's weights and optimizer are sharded (FSDP2; needs GPUs)."
+    )
+    shard_teacher: bool = Field(False, description="A live teacher's weights are sharded, too.")
+
+    @model_validator(mode="after")
+    def machines_meet(self) -> Self:
+        if self.nodes > 1 and self.rendezvous is None:
+            raise ValueError("several nodes need a rendezvous, HOST:PORT of the first machine")
+        return self
+
+
 class Recipe(Section):
     """A whole run, from teacher to release."""
 
@@ -299,6 +319,7 @@ class Recipe(Section):
     data: Data
     student: Student
     distill: Distill = Distill()
+    launch: Launch | None = None
     pretrain: Pretrain | None = None
     instruct: Instruct
     export: Export = Export()
