@@ -9,7 +9,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 
 from pipeline.errors import UserError
-from pipeline.memory import forget_peak, memory
+from pipeline.memory import forget_peak, freed_memory_kept, memory
 from pipeline.models import throttled
 from pipeline.progress import Progress
 from pipeline.recipe import Training
@@ -96,7 +96,8 @@ def train(trainer: Any, work: Path, section: str) -> float:
     started = time.monotonic()
     checkpoint = last_complete_checkpoint(work)
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with freed_memory_kept():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except TaidError as error:
         raise UserError(f"{section}: {error}") from None
     if any(entry["loss"] != entry["loss"] for entry in trainer.state.log_history if "loss" in entry):
