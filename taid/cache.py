@@ -180,6 +180,52 @@ def begin_cache(folder: Path, identity: dict[str, Any]) -> bool:
     return False
 
 
+def write_cache(
+    model: Any,
+    folder: Path,
+    identity: dict[str, Any],
+    arrays: dict[str, np.ndarray],
+    name: str,
+    compute: Callable[[slice], np.ndarray],
+    progress: Callable[[int, int], None] | None,
+    write_others: Callable[[], dict[str, str]] = dict,
+    facts: dict[str, Any] | None = None,
+) -> None:
+    """Writes a cache, or what a killed run left to write of it; a finished one is left as it is.
+
+    Args:
+        model: what ``compute`` runs; in evaluation mode meanwhile.
+        folder: the cache, made when missing.
+        identity: what it is made from, with its ``rows_per_shard`` and ``batch_size``.
+        arrays: of ``index_arrays``.
+        name: what the shards are called.
+        compute: contents ``[B, T, ...]`` of a slice of the blocks.
+        progress: called with (blocks done, blocks in all) after every batch.
+        write_others: writes the files that only this kind of cache has; their SHA-256 by name.
+        facts: what ``cache.json`` says besides.
+
+    Raises:
+        TaidError: the folder holds a cache of something else, or no cache.
+    """
+    blocks = len(arrays["tokens.npy"])
+    if begin_cache(folder, identity):
+        if progress:
+            progress(blocks, blocks)
+        return
+    digests = write_others()
+    digests |= {file: write_array(folder / file, array) for file, array in arrays.items()}
+    was_training = model.training
+    model.eval()
+    try:
+        rows, batch_size = identity["rows_per_shard"], identity["batch_size"]
+        shards = write_shards(folder, name, blocks, rows, batch_size, compute, progress)
+    finally:
+        model.train(was_training)
+    write_json(
+        folder / "cache.json", {**identity, **(facts or {}), "files_sha256": digests, "shards": shards}
+    )
+
+
 def write_shards(
     folder: Path,
     name: str,

@@ -39,13 +39,10 @@ from taid import objectives
 from taid.cache import (
     SHARD_BYTES,
     BlockCache,
-    begin_cache,
     data_digest,
     index_arrays,
     rows_per_shard,
-    write_array,
-    write_json,
-    write_shards,
+    write_cache,
 )
 from taid.errors import TaidError
 from taid.fused import CHUNK_SIZE, PLAIN_HEAD, HeadOptions, fused_objective
@@ -209,11 +206,6 @@ def write_sampled_cache(
         "rows_per_shard": rows,
         "batch_size": batch_size,
     }
-    if begin_cache(folder, identity):
-        if progress:
-            progress(len(tokens), len(tokens))
-        return
-    digests = {name: write_array(folder / name, array) for name, array in arrays.items()}
 
     def compute(blocks: slice) -> np.ndarray:
         hidden = teacher_hidden_states(model, arrays, blocks).flatten(0, 1)
@@ -231,13 +223,7 @@ def write_sampled_cache(
             records["threshold"][chunk] = kept.threshold.cpu().numpy()
         return records.reshape(len(numbers), tokens.shape[1])
 
-    was_training = model.training
-    model.eval()
-    try:
-        shards = write_shards(folder, "sampled", len(tokens), rows, batch_size, compute, progress)
-    finally:
-        model.train(was_training)
-    write_json(folder / "cache.json", {**identity, "files_sha256": digests, "shards": shards})
+    write_cache(model, folder, identity, arrays, "sampled", compute, progress)
 
 
 def record_type(samples: int, vocabulary_size: int) -> np.dtype:

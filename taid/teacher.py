@@ -25,15 +25,12 @@ from torch.distributed.fsdp import fully_shard
 from taid.cache import (
     SHARD_BYTES,
     BlockCache,
-    begin_cache,
     data_digest,
     index_arrays,
     publish,
     rows_per_shard,
     sha256,
-    write_array,
-    write_json,
-    write_shards,
+    write_cache,
 )
 from taid.errors import TaidError
 from taid.fused import HeadOptions
@@ -251,32 +248,21 @@ def write_hidden_state_cache(
         "rows_per_shard": rows,
         "batch_size": batch_size,
     }
-    if begin_cache(folder, identity):
-        if progress:
-            progress(len(tokens), len(tokens))
-        return
-    _write_head(model, folder)
-    digests = {name: write_array(folder / name, array) for name, array in arrays.items()}
-    digests["head.safetensors"] = sha256(folder / "head.safetensors")
 
     def compute(blocks: slice) -> np.ndarray:
         return _to_array(teacher_hidden_states(model, arrays, blocks).to(DTYPES[dtype]).cpu())
 
-    was_training = model.training
-    model.eval()
-    try:
-        shards = write_shards(folder, "hidden", len(tokens), rows, batch_size, compute, progress)
-    finally:
-        model.train(was_training)
     options = head_options(model)
-    write_json(
-        folder / "cache.json",
-        {
-            **identity,
-            "head": {"logit_scale": options.logit_scale, "softcap": options.softcap},
-            "files_sha256": digests,
-            "shards": shards,
-        },
+    write_cache(
+        model,
+        folder,
+        identity,
+        arrays,
+        "hidden",
+        compute,
+        progress,
+        lambda: _write_head(model, folder),
+        {"head": {"logit_scale": options.logit_scale, "softcap": options.softcap}},
     )
 
 
@@ -303,7 +289,7 @@ def model_digest(model: Any) -> str:
     return digest.hexdigest()
 
 
-def _write_head(model: Any, folder: Path) -> None:
+def _write_head(model: Any, folder: Path) -> dict[str, str]:
     tensors = {"weight": head_weight(model).detach().cpu().contiguous()}
     bias = head_options(model).bias
     if bias is not None:
@@ -311,6 +297,7 @@ def _write_head(model: Any, folder: Path) -> None:
     unfinished = folder / "head.safetensors.partial"
     save_file(tensors, unfinished)
     publish(unfinished, folder / "head.safetensors")
+    return {"head.safetensors": sha256(folder / "head.safetensors")}
 
 
 def _to_array(tensor: Tensor) -> np.ndarray:
