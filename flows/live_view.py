@@ -1,12 +1,14 @@
 """What a person watches while the line runs: every stage, what it is doing, how far, and how long still."""
 
 import logging
+import re
 import time
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich.control import Control
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
@@ -15,9 +17,13 @@ from rich.text import Text
 
 from pipeline.progress import Progress, readable_seconds
 
-BAR_WIDTH = 18
+BAR_WIDTH, NARROW_BAR_WIDTH = 18, 8
+NARROW = 80
+"""Columns of a screen below which words get the room and not bars."""
 FEW = 3
 """Rows of a screen that stages leave to the title, the foot and the line below."""
+LABEL = re.compile(r"(?P<name>[^:()]+?)(?: \([^()]*\))?: (?P<rest>.+)", re.DOTALL)
+"""What a line begins with where nothing else says which stage it is of."""
 
 
 @dataclass
@@ -50,7 +56,9 @@ class LiveView(logging.Handler):
         self.rows = {stage: Row() for stage in stages}
         self.started = time.monotonic()
         self.spinner = Spinner("dots", style="cyan")
-        self.live = Live(get_renderable=lambda: self, console=console, refresh_per_second=8)
+        self.said: list[Text] = []
+        self.width = console.width
+        self.live = Live(get_renderable=self._drawn, console=console, refresh_per_second=8)
 
     def __enter__(self) -> Self:
         self.started = time.monotonic()
@@ -70,7 +78,7 @@ class LiveView(logging.Handler):
         """Takes a record of the flow's logger up."""
         stage, state = getattr(record, "stage", ""), getattr(record, "state", None)
         if stage not in self.rows:
-            self.live.console.print(Text(str(record.msg)))
+            self._keep(str(record.msg))
             return
         row = self.rows[stage]
         if state is not None:
@@ -81,9 +89,32 @@ class LiveView(logging.Handler):
                 row.ended = time.monotonic()
         elif str(record.msg).startswith(("warning", "waiting")) or "\n" in str(record.msg):
             # Too much for a row, and worth keeping on the screen.
-            self.live.console.print(Text(str(record.msg)))
+            self._keep(str(record.msg))
         else:
-            row.line = record.msg
+            row.line = record.msg if isinstance(record.msg, Progress) else self._unlabelled(str(record.msg))
+
+    def _keep(self, line: str) -> None:
+        """Prints a line above the view."""
+        self.said.append(Text(line, style="yellow" if line.startswith("warning") else ""))
+        self.live.console.print(self.said[-1])
+
+    def _drawn(self) -> Self:
+        """What is drawn, on a clean screen when that has become narrower.
+
+        A terminal breaks lines that fit no longer, and the next drawing would leave a part of them behind.
+        """
+        narrower, self.width = self.console.width < self.width, self.console.width
+        if narrower and self.live.is_started:
+            self.console.control(Control.home(), Control.clear())
+            for line in self.said:
+                self.console.print(line)
+        return self
+
+    def _unlabelled(self, line: str) -> str:
+        """A line without the name of a stage, which stands before it already."""
+        found = LABEL.fullmatch(line)
+        words = {part for name in self.rows for part in (name, *name.split())}
+        return found["rest"] if found and found["name"] in words else line
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         elapsed = readable_seconds(time.monotonic() - self.started)
@@ -96,16 +127,31 @@ class LiveView(logging.Handler):
         table.add_column(width=1)
         table.add_column(no_wrap=True)
         table.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
-        finished = [name for name, row in self.rows.items() if row.state in ("done", "cached")]
-        # While it runs all must fit on the screen: what is long done is only counted.
-        hidden = set(finished[: max(0, len(self.rows) + FEW + 1 - console.height)])
-        if hidden and self.live.is_started:
-            table.add_row(Text("✓", style="green"), Text(f"{len(hidden)} stages"), Text("done", style="dim"))
-        for name, row in self.rows.items():
-            if name not in hidden or not self.live.is_started:
-                table.add_row(*self._row(name, row))
+        names, done, waiting = self._fitting(console.height)
+        if done:
+            table.add_row(Text("✓", style="green"), Text(f"{done} stages"), Text("done", style="dim"))
+        for name in names:
+            table.add_row(*self._row(name, self.rows[name]))
+        if waiting:
+            table.add_row(Text("·", style="dim"), Text(f"{waiting} more", style="dim"), Text(""))
         yield table
         yield Text(self.foot, style="dim", no_wrap=True, overflow="ellipsis")
+
+    def _fitting(self, height: int) -> tuple[list[str], int, int]:
+        """Stages that have a row of their own, how many done ones and how many later ones are only counted.
+
+        While it runs, all must fit on the screen; in the end it may be longer.
+        """
+        names, room = list(self.rows), height - FEW
+        if not self.live.is_started or len(names) <= room:
+            return names, 0, 0
+        finished = [name for name, row in self.rows.items() if row.state in ("done", "cached")]
+        hidden = set(finished[: len(names) - room + 1])
+        room -= bool(hidden)
+        left = [name for name in names if name not in hidden]
+        waiting = [name for name in left if self.rows[name].state == "waiting"]
+        later = set(waiting[-(len(left) - room + 1) :]) if len(left) > room else set()
+        return [name for name in left if name not in later], len(hidden), len(later)
 
     def _row(self, name: str, row: Row) -> tuple[Text | Spinner, Text, Table | Text]:
         seconds = readable_seconds(row.ended - row.started)
@@ -123,13 +169,15 @@ class LiveView(logging.Handler):
         running = readable_seconds(time.monotonic() - row.started)
         if not isinstance(row.line, Progress):
             return Text(" · ".join(part for part in (row.line, running) if part))
-        told = [f"{row.line.done:,}/{row.line.total:,}"]
-        told += [row.line.figures] if row.line.figures else []
         left = row.line.seconds_left
-        told.append(running if left is None else f"{readable_seconds(left)} left")
+        told = [f"{row.line.done:,}/{row.line.total:,}"]
+        told += [] if left is None else [f"{readable_seconds(left)} left"]
+        told += [row.line.figures] if row.line.figures else []
+        told += [running] if left is None else []
+        width = BAR_WIDTH if self.console.width >= NARROW else NARROW_BAR_WIDTH
         doing = Table.grid(padding=(0, 1), expand=True)
-        doing.add_column(width=BAR_WIDTH)
+        doing.add_column(width=width)
         doing.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
-        bar = ProgressBar(total=row.line.total, completed=row.line.done, width=BAR_WIDTH)
+        bar = ProgressBar(total=row.line.total, completed=row.line.done, width=width)
         doing.add_row(bar, Text(" · ".join(told)))
         return doing

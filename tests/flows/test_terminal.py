@@ -58,7 +58,7 @@ def test_live_view_tells_what_each_stage_does(view: LiveView) -> None:
     assert title.startswith("Tiny  (tiny.yaml)")
     assert teacher.split() == ["✓", "teacher", "from", "the", "store"]
     assert "distill" in distill
-    assert "12/48 · loss 3.250, 178 tok/s · 1 min 23 s left" in distill
+    assert "12/48 · 1 min 23 s left · loss 3.250, 178 tok/s" in distill
     assert "━━━━╸ " in distill  # a quarter of 18 cells
     assert export.split() == ["·", "export", "gguf"]
     assert foot == "release: here"
@@ -88,6 +88,47 @@ def test_live_view_fits_a_low_screen_while_it_runs_and_shows_all_in_the_end() ->
     assert any(line.startswith("✓ 16 stages") or "stages" in line for line in running)
     assert any("stage 18" in line for line in running)
     assert all(any(line.split()[1:3] == name.split() for line in screen(view)) for name in names)
+
+
+def test_live_view_counts_later_stages_on_a_low_screen() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=60, height=8)
+    names = [f"stage {number}" for number in range(20)]
+    view = LiveView(console, "Long", names, "foot")
+    with view:
+        say(view, "", names[0], "running")
+        say(view, Progress("stage 0", 1_200, 4_000, "steps", "loss 3.250, 178 tok/s", 7_265.0), names[0])
+        running = screen(view)
+    assert len(running) == 7
+    assert running[-1] == "foot"
+    assert running[-2].split() == ["·", "16", "more"]
+    assert "1,200/4,000 · 2 h 1 min left" in running[1]
+
+
+def test_a_row_does_not_name_its_stage_twice(view: LiveView) -> None:
+    with view:
+        for line, shown in (
+            ("export gguf: writing tiny-q8_0.gguf", "writing tiny-q8_0.gguf"),
+            ("gguf: quantizing", "quantizing"),
+            ("distill (cross_entropy): evaluating: the end", "evaluating: the end"),
+            ("note: kept as it is", "note: kept as it is"),
+        ):
+            say(view, "", "export gguf", "running")
+            say(view, line, "export gguf")
+            assert [row for row in screen(view) if f"export gguf {shown} · 0 s" in row]
+
+
+def test_a_narrower_screen_is_cleared_and_keeps_what_was_said(view: LiveView) -> None:
+    with view:
+        say(view, "warning: a damaged artifact", "distill")
+        before = view.console.file.tell()  # type: ignore[attr-defined]
+        view.live.refresh()
+        unchanged = view.console.file.getvalue()[before:]  # type: ignore[attr-defined]
+        view.console.width = 60
+        view.live.refresh()
+        said = view.console.file.getvalue()[before + len(unchanged) :]  # type: ignore[attr-defined]
+    assert "\x1b[2J" not in unchanged
+    assert said.startswith("\x1b[H\x1b[2J")
+    assert "warning: a damaged artifact" in said
 
 
 def test_progress_is_its_line() -> None:
