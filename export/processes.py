@@ -37,11 +37,12 @@ class Finished:
             return f"it ended with status {self.returncode} and said nothing"
         return lines[-1].rstrip(".")
 
-    def shown(self) -> str:
-        """The end of its output and where all of it is, for people who look for the cause."""
+    def shown(self, most: int = SHOWN_LINES) -> str:
+        """The end of its output, so many lines of it, and where all of it is, for people who look for the
+        cause."""
         lines = self.output.rstrip().splitlines()
         where = f"the whole output is in {self.log}" if self.log is not None else "its output"
-        return "\n".join([f"The process that failed said ({where}):", *lines[-SHOWN_LINES:]])
+        return "\n".join([f"The process that failed said ({where}):", *lines[-most:]])
 
 
 def run_logged(

@@ -17,12 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from export.processes import Finished
 from pipeline.artifacts import write_json
 from pipeline.errors import UserError
 from pipeline.progress import Progress
 from pipeline.recipe import Launch
 
 SHOWN_LINES = 40
+"""Of the processes' log: torchrun's own account of a failure comes last and is long."""
 ENDING_SECONDS = 40.0
 """How long torchrun has to end its workers; it kills them itself after 30."""
 
@@ -92,12 +94,12 @@ def launch_training(
         raise UserError(error_file.read_text(encoding="utf-8").strip())
     with log.open("rb") as said:
         said.seek(start)
-        lines = said.read().decode(errors="replace").rstrip().splitlines()
+        finished = Finished(status, said.read().decode(errors="replace"), log)
     error = UserError(
         f"launch: a training process failed with status {status}; its output is in {log}. "
         "The same command goes on from the last checkpoint."
     )
-    error.add_note("\n".join([f"The processes said (the whole output is in {log}):", *lines[-SHOWN_LINES:]]))
+    error.add_note(finished.shown(SHOWN_LINES))
     raise error
 
 

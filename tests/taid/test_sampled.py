@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from taid import (
     SAMPLED_OBJECTIVES,
@@ -173,16 +173,6 @@ def test_what_cannot_be_estimated_is_refused(name):
         loss_and_gradients("skew_reverse_kl", sampled, student_parts(30, 4), skew=0.0)
     with pytest.raises(TaidError, match=r"positions \[4\]"):
         loss_and_gradients("forward_kl", sampled, student_parts(30, 3))
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model_dir):
-    return AutoModelForCausalLM.from_pretrained(tiny_model_dir).eval()
-
-
-@pytest.fixture(scope="module")
-def token_blocks() -> np.ndarray:
-    return np.random.default_rng(0).integers(3, 2000, (BLOCKS, LENGTH), dtype=np.int32)
 
 
 @pytest.fixture(scope="module")

@@ -27,16 +27,6 @@ SHARD_BYTES = 4 * LENGTH * WIDTH * 4  # four blocks a shard in float32
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model_dir):
-    return AutoModelForCausalLM.from_pretrained(tiny_model_dir).eval()
-
-
-@pytest.fixture(scope="module")
-def token_blocks() -> np.ndarray:
-    return np.random.default_rng(0).integers(3, 2000, (BLOCKS, LENGTH), dtype=np.int32)
-
-
-@pytest.fixture(scope="module")
 def finished(model, token_blocks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache") / "finished"
     write_hidden_state_cache(model, token_blocks, folder, batch_size=2, shard_bytes=SHARD_BYTES)
