@@ -15,6 +15,7 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from export.backend import Backend, instruction_sets_of_processor
 from export.errors import ExportError
 from export.runtime import Message
 
@@ -61,10 +62,6 @@ class LlamaCppRuntime:
         if not self._model:
             reason = _errors[0] if _errors else "no reason given"
             raise ExportError(f"{path}: llama.cpp cannot load this file ({reason}).")
-        flags = llama_cpp.llama_print_system_info().decode().removeprefix("CPU :").split("|")
-        built_with = [flag.split("=")[0].strip() for flag in flags if flag.strip().endswith("= 1")]
-        places = [" ".join(buffer.split()) for buffer in _buffers]
-        self.backend = f"{', '.join(built_with)}; weights in {', '.join(places)}"
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self.trained_context_length = llama_cpp.llama_model_n_ctx_train(self._model)
         self.context_length = context_length or min(self.trained_context_length, MAXIMUM_CONTEXT)
@@ -92,6 +89,7 @@ class LlamaCppRuntime:
             reason = _errors[0] if _errors else "no reason given"
             llama_cpp.llama_model_free(self._model)
             raise ExportError(f"{path}: llama.cpp cannot make a context of {self.context_length} ({reason}).")
+        self.backend = _backend(threads, llama_cpp.llama_n_threads(self._context))
         self._memory = llama_cpp.llama_get_memory(self._context)
         self._batch = llama_cpp.llama_batch_init(self._batch_size, 0, 1)
         self._used = 0
@@ -225,6 +223,28 @@ class LlamaCppRuntime:
         llama_cpp.llama_free(self._context)
         llama_cpp.llama_model_free(self._model)
         self._model = self._context = None
+
+
+def _backend(requested_threads: int, threads: int) -> Backend:
+    """llama.cpp's own account of the model loaded last. Instruction sets are chosen when it is compiled: one
+    that the processor has and the library lacks is a slow build that nobody would notice otherwise."""
+    flags = llama_cpp.llama_print_system_info().decode().removeprefix("CPU :").split("|")
+    built_with = [flag.split("=")[0].strip() for flag in flags if flag.strip().endswith("= 1")]
+    weights = [" ".join(buffer.split()) for buffer in _buffers]
+    return Backend(
+        requested={
+            "device": "CPU",
+            "threads": requested_threads,
+            "instruction_sets": instruction_sets_of_processor(),
+        },
+        effective={
+            "device": "CPU" if all(place.startswith("CPU") for place in weights) else ", ".join(weights),
+            "threads": threads,
+            "instruction_sets": built_with,
+            "weights_in": weights,
+            "repacked": next((place for place in weights if place.startswith("CPU_REPACK")), "none"),
+        },
+    )
 
 
 class _Generation(Extension):

@@ -64,11 +64,13 @@ def compile_library(
         architecture: the model's.
         path: the file to write: ``.so``, which this machine's linker makes, or ``.tar``, an archive of the
             objects for another system's.
-        metadata: returned by the library's ``_metadata`` function as JSON, after the architecture.
+        metadata: returned by the library's ``_metadata`` function as JSON, between architecture and target.
         target: a key of ``TARGETS``.
     """
     described = tvm.target.Target(TARGETS[target])
-    module = build_module(architecture, metadata, described)
+    module = build_module(
+        architecture, {**metadata, "target": " ".join(map(str, TARGETS[target].values()))}, described
+    )
     executable = relax.build(module, target=described, relax_pipeline=_pipeline(described))
     executable.export_library(str(path))
 

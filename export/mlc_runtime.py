@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from export.backend import Backend
 from export.errors import ExportError
 from export.mlc import render_conversation
 from export.runtime import Message
@@ -67,7 +68,16 @@ class MlcRuntime:
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ExportError(f"{path}: library or weights cannot be loaded ({reason}).") from error
-        self.backend = f"{library.name}, tvm {tvm.__version__}"
+        self.backend = Backend(
+            requested={"device": "cpu", "threads": threads},
+            effective={
+                "device": str(self._device).partition(":")[0],
+                "threads": int(tvm.get_global_func("runtime.NumThreads")()),
+                "library": library.name,
+                "target": str(self.metadata.get("target", "not recorded")),
+                "version": tvm.__version__,
+            },
+        )
         architecture = self.metadata["architecture"]
         self._embedding_rows = int(architecture["vocabulary_size"])
         for key, compiled in (

@@ -10,12 +10,14 @@ import onnxruntime
 import onnxruntime_genai
 from transformers import AutoTokenizer
 
+from export.backend import Backend
 from export.errors import ExportError
 from export.runtime import Message
 
 # The graph computes logits at every position: longer prompts go in pieces, or [T, V] floats pile up.
 PREFILL_CHUNK = 256
 DEFAULT_CONTEXT = 4096
+PROVIDERS = ["CPUExecutionProvider"]
 
 NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
@@ -43,16 +45,25 @@ class OnnxRuntime:
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         try:
             settings = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
             generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
-            self.session = onnxruntime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
-            )
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=PROVIDERS)
         except Exception as error:  # ONNX Runtime raises many types of its own
             raise ExportError(f"{path}: cannot be loaded in ONNX Runtime ({error}).") from error
-        self.backend = f"{', '.join(self.session.get_providers())}, onnxruntime {onnxruntime.__version__}"
+        self.backend = Backend(
+            requested={"providers": PROVIDERS, "threads": threads},
+            effective={
+                # Those that got nodes of the graph; get_providers() also lists those that got none.
+                "providers": sorted(
+                    {part.ep_name for part in self.session.get_provider_graph_assignment_info()}
+                ),
+                "threads": self.session.get_session_options().intra_op_num_threads,
+                "version": onnxruntime.__version__,
+            },
+        )
         inputs = {value.name: value for value in self.session.get_inputs()}
         if "past_key_values.0.key" not in inputs or "input_ids" not in inputs:
             raise ExportError(f"{path}: is no decoder with a key-value cache; export it with export.onnx.")

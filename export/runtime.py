@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from export.backend import Backend
+
 Message = dict[str, Any]  # {"role": "system" | "user" | "assistant", "content": str}
 
 
@@ -17,7 +19,7 @@ class Runtime(Protocol):
     """
 
     name: str  # "torch", "llama.cpp", "onnxruntime-genai", "onnxruntime", "tvm"
-    backend: str  # what it runs on, in its own words: instruction sets, where the weights lie
+    backend: Backend  # what it was asked to run on, and what it runs on
     vocabulary_size: int
     context_length: int  # tokens that the cache holds now
     trained_context_length: int  # tokens that the file says the model can hold

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from export.backend import Backend
 from export.errors import ExportError
 from export.runtime import Message
 
@@ -47,7 +48,15 @@ class TorchRuntime:
         except Exception as error:
             reason = " ".join(str(error).split())
             raise ExportError(f"{path}: cannot be loaded in transformers ({reason}).") from error
-        self.backend = f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+        self.backend = Backend(
+            requested={"device": "cpu", "threads": threads},
+            effective={
+                "device": str(self.model.device),
+                "threads": torch.get_num_threads(),
+                "instruction_sets": torch.backends.cpu.get_cpu_capability(),
+                "version": str(torch.__version__),
+            },
+        )
         self.model.eval().requires_grad_(False)
         self.trained_context_length = int(config.max_position_embeddings)
         self.context_length = context_length or self.trained_context_length

@@ -22,7 +22,7 @@ from pipeline.progress import Progress
 from pipeline.recipe import Recipe
 
 STAGE = "device"
-VERSION = 3
+VERSION = 4
 SWEPT = (
     "threads",
     "prefill_tokens_per_s",
@@ -71,6 +71,7 @@ def run(store: Store, recipe: Recipe, exported: Artifact, text: Artifact) -> Art
                 "prompt": prompt,
                 "generated_tokens": section.generated_tokens,
                 "repetitions": section.repetitions,
+                "settle_s": section.settle_s,
             }
 
             def ask(kind: str, threads: int, file: Any = file, log: Path = log, **values: Any) -> Any:
@@ -86,7 +87,7 @@ def run(store: Store, recipe: Recipe, exported: Artifact, text: Artifact) -> Art
             depths: list[dict[str, Any]] = []
             if section.depths:
                 filling = {"text": held_out[: max(1, *section.depths)].tolist(), "depths": section.depths}
-                counts = {key: speed[key] for key in ("generated_tokens", "repetitions")}
+                counts = {key: speed[key] for key in ("generated_tokens", "repetitions", "settle_s")}
                 depths = ask("depths", section.threads, **filling, **counts)
             cold = ask("cold_start", section.threads, prompt=prompt) if section.cold_start else None
             under = [

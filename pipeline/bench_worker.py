@@ -21,13 +21,19 @@ from pipeline.memory import forget_peak, memory, proportional_set_size
 
 
 def measure(
-    file: Path, prompt: list[int], generated_tokens: int, repetitions: int, threads: int
+    file: Path,
+    prompt: list[int],
+    generated_tokens: int,
+    repetitions: int,
+    threads: int,
+    settle_s: float = 0.0,
 ) -> dict[str, Any]:
     """Load time, TTFT, prefill and decode speed, CPU time and memory of one file.
 
-    One unmeasured repetition warms up. A repetition empties the cache, runs the prompt (prefill; with the
-    choice of the first token it is the TTFT) and then decodes greedily ``generated_tokens`` tokens one by
-    one. The runtime's libraries are imported before the clock starts.
+    One unmeasured repetition warms up, then the process rests, so that what the load stirred up (clocks,
+    temperature, pages being written back) settles. A repetition empties the cache, runs the prompt (prefill;
+    with the choice of the first token it is the TTFT) and then decodes greedily ``generated_tokens`` tokens
+    one by one. The runtime's libraries are imported before the clock starts.
 
     Args:
         file: what ``export.runtime.open_runtime`` opens.
@@ -35,12 +41,13 @@ def measure(
         generated_tokens: tokens decoded after the first one.
         repetitions: measured ones, at least 1.
         threads: CPU threads of the runtime.
+        settle_s: seconds of rest after the warm-up.
 
     Returns:
         Means over the repetitions: load_s, ttft_s in seconds; prefill_tokens_per_s and decode_tokens_per_s
         with their sample standard deviations prefill_std and decode_std; cpu_seconds_per_token of prompt and
         answer together, over all threads, and processors_busy, how many of them that kept busy at a time (the
-        threads that really worked); backend, what the runtime says it runs on; rss_anon_bytes and
+        threads that really worked); backend, of ``export.backend.Backend.as_dictionary``; rss_anon_bytes and
         rss_file_bytes at the end and peak_rss_bytes
         since before the load, all of the whole process, and rss_anon_before_load_bytes, what of it the
         interpreter and its libraries had before; cpu_pressure, the per cent of the measured time in which
@@ -72,6 +79,7 @@ def measure(
             token_id = int(runtime.decode(token_id).argmax())
         ended = time.perf_counter()
         if repetition == 0:
+            time.sleep(settle_s)
             continue
         cpu_seconds += time.process_time() - cpu_before
         stalled += (cpu_stall_seconds() or 0.0) - stalled_before
@@ -92,7 +100,7 @@ def measure(
         "decode_std": statistics.stdev(decode) if len(decode) > 1 else 0.0,
         "cpu_seconds_per_token": cpu_seconds / (repetitions * (len(prompt) + generated_tokens)),
         "processors_busy": cpu_seconds / measured_seconds,
-        "backend": runtime.backend,
+        "backend": runtime.backend.as_dictionary(),
         "pss_bytes": shared,
         "rss_anon_bytes": after["RssAnon"],
         "rss_file_bytes": after["RssFile"],
@@ -115,12 +123,18 @@ def measure(
 
 
 def measure_depths(
-    file: Path, text: list[int], depths: list[int], generated_tokens: int, repetitions: int, threads: int
+    file: Path,
+    text: list[int],
+    depths: list[int],
+    generated_tokens: int,
+    repetitions: int,
+    threads: int,
+    settle_s: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Decode speed with so many tokens in the cache already.
 
     Args:
-        file, generated_tokens, repetitions, threads: as of ``measure``.
+        file, generated_tokens, repetitions, threads, settle_s: as of ``measure``.
         text: token ids that fill the cache, repeated where a depth asks for more.
         depths: tokens in the cache before decoding starts; at 0 a single one is there.
 
@@ -138,7 +152,9 @@ def measure_depths(
             started = time.perf_counter()
             for _ in range(generated_tokens):
                 token_id = int(runtime.decode(token_id).argmax())
-            if repetition:
+            if repetition == 0:
+                time.sleep(settle_s)
+            else:
                 rates.append(generated_tokens / (time.perf_counter() - started))
         found.append(
             {

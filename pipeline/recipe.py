@@ -262,6 +262,9 @@ class Bench(Section):
     prompt_tokens: int = Field(128, ge=1)
     generated_tokens: int = Field(32, ge=1)
     repetitions: int = Field(5, ge=1)
+    settle_s: float = Field(
+        0.1, ge=0, le=600, description="Seconds of rest between a file's warm-up and what is timed."
+    )
     thread_sweep: list[Annotated[int, Field(ge=1)]] = Field(
         default=[], description="Numbers of threads that speed is measured with beside ``threads``."
     )

@@ -147,7 +147,8 @@ def render(facts: dict[str, Any]) -> str:
 
 
 def page_environment() -> jinja2.Environment:
-    """Templates of the project's pages, with the filters ``device``, ``size``, ``number`` and ``percent``."""
+    """Templates of the project's pages, with the filters ``device``, ``facts``, ``size``, ``number`` and
+    ``percent``."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pipeline", "templates"),
         autoescape=True,
@@ -157,6 +158,7 @@ def page_environment() -> jinja2.Environment:
     )
     environment.filters |= {
         "device": readable_device,
+        "facts": readable_facts,
         "size": readable_size,
         "number": readable_number,
         "percent": readable_percent,
@@ -193,14 +195,29 @@ def notes(facts: dict[str, Any]) -> list[str]:
             f"The machine was busy while {len(unreliable)} of {len(facts['device'])} files were timed: "
             "their speeds are not to be trusted."
         )
+    sentences.extend(
+        f"{entry['file']} did not run as it was asked to ({'; '.join(entry['backend']['fallbacks'])}): its "
+        "speed is that of the fallback."
+        for entry in facts["device"]
+        if entry["backend"]["fallbacks"]
+    )
     return sentences
+
+
+def readable_facts(facts: dict[str, Any]) -> str:
+    """What a runtime was asked for, or has in use, in one line."""
+
+    def readable(value: Any) -> str:
+        return ", ".join(value) if isinstance(value, list) else str(value)
+
+    return "; ".join(f"{name.replace('_', ' ')}: {readable(value)}" for name, value in facts.items() if value)
 
 
 def readable_device(device: dict[str, Any]) -> str:
     """A device that sent measurements, in a few words of its own."""
     system = " ".join(part for part in (device["platform"], device["platform_version"]) if part)
     words = [device["model"], system, f"{device['processors']} processors" if device["processors"] else None]
-    return ", ".join(word for word in words if word) or device["user_agent"]
+    return ", ".join(word for word in words if word) or device["user_agent"] or "a device that tells nothing"
 
 
 def reasons(facts: dict[str, Any]) -> list[str]:

@@ -336,12 +336,17 @@ def test_threads_are_those_asked_for(four_bit: MlcRuntime, four_bit_dir: Path, t
         "import sys, numpy, tvm; from pathlib import Path; from export.mlc_runtime import MlcRuntime\n"
         "runtime = MlcRuntime(Path(sys.argv[1]), 2)\n"
         f"numpy.save(sys.argv[2], runtime.forward({ids}))\n"
-        "print(tvm.get_global_func('runtime.NumThreads')())"
+        "print(tvm.get_global_func('runtime.NumThreads')())\n"
+        "print(MlcRuntime(Path(sys.argv[1]), 3).backend.fallbacks())"
     )
     command = [sys.executable, "-c", program, str(four_bit_dir), str(tmp_path / "logits.npy")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split()[-1] == "2"
+    *_, counted, fallbacks = done.stdout.splitlines()
+    assert counted == "2"
+    assert fallbacks == "['threads: 3 asked for, 2 in use']"
+    assert four_bit.backend.fallbacks() == []
+    assert four_bit.backend.effective["target"] == "llvm x86-64-v3"
     four_bit.reset()
     assert np.array_equal(np.load(tmp_path / "logits.npy"), four_bit.forward(ids))
 

@@ -271,7 +271,17 @@ def _add_format(add: Any, format: str, entries: list[tuple[str, str, str, int, f
                 "cpu_pressure": 3.2,
                 "repetitions": 5,
                 "processors_busy": 0.99,
-                "backend": "AVX2, FMA, REPACK; weights in CPU_Mapped 80.05 MiB",
+                "backend": {
+                    "requested": {"device": "CPU", "threads": 1, "instruction_sets": ["AVX2", "FMA"]},
+                    "effective": {
+                        "device": "CPU",
+                        "threads": 1,
+                        "instruction_sets": ["AVX2", "FMA", "REPACK"],
+                        "weights_in": ["CPU_Mapped 80.05 MiB"],
+                        "repacked": "none",
+                    },
+                    "fallbacks": [],
+                },
                 "pss_bytes": 30_000_000 + size * 1_000,
                 "bytes_read_per_token": size * 1_000,
                 "memory_bytes_per_s": 11.5e9,

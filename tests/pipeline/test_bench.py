@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from export.errors import ExportError
 from pipeline import bench, cgroups
@@ -92,7 +93,9 @@ def test_a_file_is_measured_once(inputs: dict[str, Any]) -> None:
     assert entry["pss_bytes"] > entry["rss_anon_bytes"] / 2
     assert (entry["bytes_read_per_token"], entry["bandwidth_utilisation"]) == (None, None)
     assert 1e8 < entry["memory_bytes_per_s"] < 1e12
-    assert "torch" in entry["backend"]
+    assert entry["backend"]["requested"] == {"device": "cpu", "threads": 1}
+    assert entry["backend"]["effective"]["version"] == torch.__version__
+    assert entry["backend"]["fallbacks"] == []
     assert entry["reliable"] is (entry["cpu_pressure"] is not None)
     again, _ = run(inputs, recipe())
     assert again.cached
@@ -257,6 +260,18 @@ def test_an_evicted_file_is_read_from_disk_again(tmp_path: Path) -> None:
     if read == 0:
         pytest.skip("this file system keeps its pages in memory")
     assert read >= 4 << 20
+
+
+def test_the_rest_after_the_warm_up_is_taken_and_not_timed(tiny_model_dir: Path) -> None:
+    settle = 2.0
+    started = time.perf_counter()
+    result = measure(tiny_model_dir, list(range(3, 27)), 4, 1, 1, settle_s=settle)
+    wall = time.perf_counter() - started
+    timed = result["load_s"] + result["ttft_s"] + 4 / result["decode_tokens_per_s"]
+    assert wall - timed >= settle
+    started = time.perf_counter()
+    (depth,) = measure_depths(tiny_model_dir, list(range(3, 27)), [8], 4, 1, 1, settle_s=settle)
+    assert time.perf_counter() - started >= settle + 4 / depth["decode_tokens_per_s"]
 
 
 def test_one_repetition_has_no_spread(tiny_model_dir: Path) -> None:

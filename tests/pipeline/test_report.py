@@ -267,8 +267,11 @@ def test_notes_tell_what_numbers_do_not_flatter(facts: dict[str, Any]) -> None:
     worse["distillation"]["held_out"]["kl_after"] = 3.0
     worse["instruct"]["after"]["assistant_cross_entropy"] = 9.0
     worse["device"][0]["reliable"] = False
-    assert len(report.notes(worse)) == 4
-    assert "1 of 7 files" in report.notes(worse)[-1]
+    worse["device"][1]["backend"]["fallbacks"] = ["threads: 4 asked for, 2 in use"]
+    assert len(report.notes(worse)) == 5
+    assert "1 of 7 files" in report.notes(worse)[-2]
+    assert "(threads: 4 asked for, 2 in use)" in report.notes(worse)[-1]
+    assert "Fallback: threads: 4 asked for, 2 in use" in text_of(report.render(worse))
 
 
 def test_a_report_without_control_t_and_pruning(facts: dict[str, Any], validator: Any) -> None:
