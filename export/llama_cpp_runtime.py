@@ -157,6 +157,9 @@ class LlamaCppRuntime:
             if token_id >= 0
         }
 
+    def other_reader(self) -> None:
+        """See ``Runtime.other_reader``: there is none."""
+
     def decode_text(self, token_ids: Sequence[int]) -> str:
         """See ``Runtime.decode_text``."""
         pieces = []

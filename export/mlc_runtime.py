@@ -113,6 +113,9 @@ class MlcRuntime:
         """See ``Runtime.chat_ids``."""
         return self.tokenize(render_conversation(self._template, messages, add_generation_prompt))
 
+    def other_reader(self) -> None:
+        """See ``Runtime.other_reader``: there is none."""
+
     def decode_text(self, token_ids: Sequence[int]) -> str:
         """See ``Runtime.decode_text``."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)

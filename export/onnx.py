@@ -52,6 +52,9 @@ HALVED_FROM = 1024
 """Elements of a float32 tensor that is stored in float16, in all but the fp32 graph: embeddings, matrices and
 the scales of blocks (a bit per weight of blocks of 32). Norms, which are smaller, stay as they are."""
 
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+"""What a pre-tokenizer of type ByteLevel splits by."""
+
 # A protocol buffer ends at 2 GiB; larger graphs keep their weights in a second file.
 LARGEST_SINGLE_FILE = 1_900_000_000
 
@@ -231,6 +234,9 @@ def _write_tokenizer(model_dir: Path, folder: Path) -> None:
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    _write_digits_as_splits(content.get("pre_tokenizer"))
+    (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     if template is not None:
         settings["chat_template"] = template
     if settings.get("tokenizer_class") == "TokenizersBackend":
@@ -238,6 +244,29 @@ def _write_tokenizer(model_dir: Path, folder: Path) -> None:
     for private in ("is_local", "local_files_only"):
         settings.pop(private, None)
     _write_json(path, settings)
+
+
+def _write_digits_as_splits(pre_tokenizer: dict[str, Any] | None) -> None:
+    """ONNX Runtime GenAI reads of a sequence only the steps of type Split, and where there is none it splits
+    as GPT-2 does, digits too. Says steps of type Digits, and the splitting of a ByteLevel behind them, as
+    equal steps of type Split, in place."""
+    steps = (pre_tokenizer or {}).get("pretokenizers", [])
+    if not any(step["type"] == "Digits" for step in steps):
+        return
+    written = []
+    for step in steps:
+        if step["type"] == "Digits":
+            # Digits of Rust's is_numeric, which are Unicode's category N.
+            written.append(_split(r"\p{N}" if step["individual_digits"] else r"\p{N}+"))
+        elif step["type"] == "ByteLevel" and step.get("use_regex", True) and not step["add_prefix_space"]:
+            written += [_split(GPT2_SPLIT), step | {"use_regex": False}]
+        else:
+            written.append(step)
+    steps[:] = written
+
+
+def _split(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
 def _write_configs(model_dir: Path, folder: Path, name: str, genai_path: Path, default_file: str) -> None:

@@ -80,6 +80,7 @@ class OnnxRuntime:
         # ONNX Runtime GenAI reads one file and transformers.js the other: an end is what ends both.
         ends = _as_ids(settings.get("eos_token_id")) & _as_ids(generation.get("eos_token_id"))
         self.end_of_turn_ids = tuple(sorted(ends))
+        self._folder = folder
         self._inputs = inputs
         self._cache: dict[str, Any] = {}
         for name, value in inputs.items():
@@ -106,6 +107,10 @@ class OnnxRuntime:
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
         )
         return self.tokenize(str(text))
+
+    def other_reader(self) -> "GenaiTokenizer":
+        """See ``Runtime.other_reader``."""
+        return GenaiTokenizer(self._folder)
 
     def decode_text(self, token_ids: Sequence[int]) -> str:
         """See ``Runtime.decode_text``."""
@@ -165,27 +170,38 @@ def _as_ids(value: int | list[int] | None) -> set[int]:
     return {value} if isinstance(value, int) else {int(token_id) for token_id in value}
 
 
-def genai_chat_ids(
-    folder: Path, messages: Sequence[Message], add_generation_prompt: bool = True
-) -> list[int]:
-    """Token ids of a conversation by ONNX Runtime GenAI: its own template engine and its own tokenizer.
+class GenaiTokenizer:
+    """See ``export.runtime.ChatReader``: ONNX Runtime GenAI's own template engine and tokenizer."""
 
-    Args:
-        folder: an exported folder, with ``genai_config.json``.
-        messages: the conversation.
-        add_generation_prompt: whether the assistant's opening is appended.
+    name = "onnxruntime-genai"
 
-    Raises:
-        ExportError: ONNX Runtime GenAI cannot load the folder or render the conversation.
-    """
-    try:
-        tokenizer = onnxruntime_genai.Tokenizer(onnxruntime_genai.Model(str(folder)))
-        text = tokenizer.apply_chat_template(
-            json.dumps(list(messages)), add_generation_prompt=add_generation_prompt
-        )
-        return [int(token_id) for token_id in tokenizer.encode(text)]
-    except Exception as error:  # its errors are of many types
-        raise ExportError(f"{folder}: fails in ONNX Runtime GenAI ({error}).") from error
+    def __init__(self, folder: Path):
+        """
+        Args:
+            folder: an exported folder, with ``genai_config.json``.
+
+        Raises:
+            ExportError: ONNX Runtime GenAI cannot load its tokenizer.
+        """
+        self._folder = folder
+        try:
+            self._tokenizer = onnxruntime_genai.Tokenizer(str(folder))
+        except Exception as error:  # its errors are of many types
+            raise ExportError(f"{folder}: fails in ONNX Runtime GenAI ({error}).") from error
+
+    def chat_ids(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
+        """See ``ChatReader.chat_ids``.
+
+        Raises:
+            ExportError: ONNX Runtime GenAI cannot render the conversation.
+        """
+        try:
+            text = self._tokenizer.apply_chat_template(
+                json.dumps(list(messages)), add_generation_prompt=add_generation_prompt
+            )
+            return [int(token_id) for token_id in self._tokenizer.encode(text)]
+        except Exception as error:
+            raise ExportError(f"{self._folder}: fails in ONNX Runtime GenAI ({error}).") from error
 
 
 def genai_greedy(folder: Path, prompt_ids: Sequence[int], max_new_tokens: int) -> list[int]:

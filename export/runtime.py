@@ -11,6 +11,16 @@ from export.backend import Backend
 Message = dict[str, Any]  # {"role": "system" | "user" | "assistant", "content": str}
 
 
+class ChatReader(Protocol):
+    """A program that turns conversations into token ids by a file's own template and tokenizer."""
+
+    name: str
+
+    def chat_ids(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
+        """Token ids of a conversation, rendered by the file's own chat template."""
+        ...
+
+
 class Runtime(Protocol):
     """A loaded model file with its own tokenizer, its own chat template and a key-value cache.
 
@@ -33,6 +43,10 @@ class Runtime(Protocol):
 
     def chat_ids(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
         """Token ids of a conversation, rendered by the file's own chat template."""
+        ...
+
+    def other_reader(self) -> ChatReader | None:
+        """Another program that reads the same file with a template engine and a tokenizer of its own."""
         ...
 
     def decode_text(self, token_ids: Sequence[int]) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from export.backend import Backend
@@ -34,7 +35,7 @@ class TorchRuntime:
         Raises:
             ExportError: the folder holds no safetensors, or they or the tokenizer cannot be loaded.
         """
-        path = Path(path)
+        self._path = path = Path(path)
         if not list(path.glob("*.safetensors")):
             raise ExportError(f"{path}: no .safetensors file; only safetensors are loaded.")
         torch.set_num_threads(threads)
@@ -73,11 +74,21 @@ class TorchRuntime:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def chat_ids(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
-        """See ``Runtime.chat_ids``."""
-        text = self.tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        """See ``Runtime.chat_ids``.
+
+        Raises:
+            ExportError: the model has no chat template, or it refuses the conversation.
+        """
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except (TemplateError, TypeError, ValueError, LookupError) as error:
+            raise ExportError(f"{self._path}: its chat template cannot be rendered ({error}).") from error
         return self.tokenize(str(text))
+
+    def other_reader(self) -> None:
+        """See ``Runtime.other_reader``: there is none."""
 
     def decode_text(self, token_ids: Sequence[int]) -> str:
         """See ``Runtime.decode_text``."""

@@ -25,8 +25,8 @@ from pipeline.progress import Progress
 from pipeline.recipe import Recipe, Thresholds
 
 STAGE = "fidelity"
-VERSION = 3
-REFERENCE_VERSION = 1
+VERSION = 4
+REFERENCE_VERSION = 2
 HELD_OUT_CHATS = 8
 ANSWERS = "unquantized-answers"
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from export.errors import ExportError
-from export.runtime import Message, Runtime, generate_greedily, open_runtime
+from export.runtime import ChatReader, Message, Runtime, generate_greedily, open_runtime
 from pipeline.artifacts import write_json
 from pipeline.conversations import SAMPLE_TOKENS, answered_conversations, fixed_conversations
 from pipeline.fidelity import Fidelity
@@ -33,19 +33,51 @@ STEPS = 16
 """Tokens decoded one by one, to compare with the same tokens in one pass."""
 
 
+ChatIds = dict[str, list[list[int] | None]]
+"""Of "False" and "True" (with generation prompt), the token ids of each fixed conversation; None where the
+model's template refuses it (many know no system message)."""
+
+
+def reference_chat_ids(runtime: Runtime) -> ChatIds:
+    """What the model's own template and tokenizer make of the fixed conversations.
+
+    Raises:
+        ExportError: it renders none of them.
+    """
+    found: ChatIds = {"False": [], "True": []}
+    refusal = None
+    for prompt in (False, True):
+        for messages in fixed_conversations():
+            try:
+                found[str(prompt)].append(runtime.chat_ids(messages, prompt))
+            except ExportError as error:
+                found[str(prompt)].append(None)
+                refusal = error
+    if refusal is not None and not any(ids for rendered in found.values() for ids in rendered):
+        raise refusal
+    return found
+
+
+def chat_ids_of(reader: ChatReader, expected: ChatIds) -> ChatIds:
+    """What a file's template and tokenizer make of those conversations that the model's own renders."""
+    conversations = fixed_conversations()
+    return {
+        prompt: [
+            None if ids is None else reader.chat_ids(messages, prompt == "True")
+            for messages, ids in zip(conversations, rendered, strict=True)
+        ]
+        for prompt, rendered in expected.items()
+    }
+
+
 def facts(runtime: Runtime) -> dict[str, Any]:
     """What a file says of itself, without running the model.
 
     Returns:
-        chat_ids {"False" | "True" (with generation prompt): token ids of each fixed conversation}; stops:
-        after how many tokens of each answered conversation's answer generation would end (None: never);
-        end_of_turn_ids; those of them that are text (``text_end_of_turn_ids``), which would cut answers
-        short; eos_token_id; vocabulary_size; context_length.
+        stops: after how many tokens of each answered conversation's answer generation would end (None:
+        never); end_of_turn_ids; those of them that are text (``text_end_of_turn_ids``), which would cut
+        answers short; eos_token_id; vocabulary_size; context_length.
     """
-    chats = {
-        str(prompt): [runtime.chat_ids(messages, prompt) for messages in fixed_conversations()]
-        for prompt in (False, True)
-    }
     ends = [int(token_id) for token_id in runtime.end_of_turn_ids]
     stops: list[int | None] = []
     for messages in answered_conversations():
@@ -53,7 +85,6 @@ def facts(runtime: Runtime) -> dict[str, Any]:
         answer = answered[len(asked) :]
         stops.append(next((place for place, token_id in enumerate(answer) if token_id in ends), None))
     return {
-        "chat_ids": chats,
         "stops": stops,
         "end_of_turn_ids": ends,
         "text_end_of_turn_ids": [token_id for token_id in ends if runtime.decode_text([token_id])],
@@ -78,7 +109,12 @@ def reference_answers(model_dir: Path, rows: list[list[int]], threads: int, fold
         np.save(folder / f"logits-{number:04d}.npy", runtime.forward(row).astype(np.float32, copy=False))
     write_json(
         folder / "facts.json",
-        {"rows": rows, "bos_token_id": runtime.tokenizer.bos_token_id, **facts(runtime)},
+        {
+            "rows": rows,
+            "bos_token_id": runtime.tokenizer.bos_token_id,
+            "chat_ids": reference_chat_ids(runtime),
+            **facts(runtime),
+        },
     )
     runtime.close()
 
@@ -145,21 +181,28 @@ def judge(
         ExportError: the file cannot be run.
     """
     found = facts(runtime)
-    differing, bos_differs = [], []
-    for prompt, expected in reference["chat_ids"].items():
-        for number, ids in enumerate(expected):
-            other = found["chat_ids"][prompt][number]
-            if other == ids:
-                continue
-            differing.append(
-                f"conversation {number}, {'with' if prompt == 'True' else 'without'} generation prompt"
-            )
-            counts = [_leading(some, reference["bos_token_id"]) for some in (ids, other)]
-            if counts[0] != counts[1]:
-                bos_differs.append(counts)
+    differing, bos_differs, compared = [], [], 0
+    readers: list[ChatReader | None] = [runtime, runtime.other_reader()]
+    for reader in readers:
+        if reader is None:
+            continue
+        read = chat_ids_of(reader, reference["chat_ids"])
+        for prompt, expected in reference["chat_ids"].items():
+            for number, ids in enumerate(expected):
+                other = read[prompt][number]
+                compared += ids is not None
+                if ids is None or other is None or other == ids:
+                    continue
+                differing.append(
+                    f"conversation {number}, {'with' if prompt == 'True' else 'without'} generation prompt, "
+                    f"in {reader.name}"
+                )
+                counts = [_leading(some, reference["bos_token_id"]) for some in (ids, other)]
+                if counts[0] != counts[1]:
+                    bos_differs.append(counts)
     return {
         "runtime": runtime.name,
-        "conversations": sum(len(ids) for ids in reference["chat_ids"].values()),
+        "conversations": compared,
         "token_ids_equal": not differing,
         "token_ids_differ": len(differing),
         "token_ids_differ_in": differing[:3],

@@ -258,6 +258,14 @@ def swap_tokenizer_tokens(content: dict[str, Any]) -> None:
     vocabulary[names[300]], vocabulary[names[301]] = 301, 300
 
 
+DIGITS_AND_BYTES = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {"type": "Digits", "individual_digits": True},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+    ],
+}
+"""The tiny model's own pre-tokenizer, equal to the exported one for every reader but one."""
 LAYER = "model.layers.0."
 ONNX: dict[str, tuple[Mutation, str]] = {
     "rope theta 10000": (onnx_weights(rope_table_of_theta(10000.0)), "mean_kl"),
@@ -322,6 +330,10 @@ ONNX: dict[str, tuple[Mutation, str]] = {
     "two tokens swapped": (json_file("tokenizer.json", swap_tokenizer_tokens), "token_ids"),
     "lower-cased text": (
         json_file("tokenizer.json", set_to("normalizer", {"type": "Lowercase"})),
+        "token_ids",
+    ),
+    "digits split as GenAI misreads them": (
+        json_file("tokenizer.json", set_to("pre_tokenizer", DIGITS_AND_BYTES)),
         "token_ids",
     ),
     "truncated": (truncate, "runs"),

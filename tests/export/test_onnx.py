@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 
 from export.errors import ExportError
 from export.onnx import FILE_NAMES, _check_rope, export_onnx
-from export.onnx_runtime import OnnxRuntime, genai_chat_ids, genai_greedy
+from export.onnx_runtime import GenaiTokenizer, OnnxRuntime, genai_greedy
 from export.runtime import generate_greedily
 
 CONVERSATIONS = [
@@ -106,12 +106,14 @@ def test_tokens_one_by_one_equal_all_at_once(exported, token_ids):
 def test_conversations_have_the_token_ids_of_hugging_face(exported, tiny_model_dir):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     runtime = OnnxRuntime(exported / "onnx" / "model_q4.onnx")
+    genai = runtime.other_reader()
+    assert isinstance(genai, GenaiTokenizer)
     for conversation in CONVERSATIONS:
         for opening in (True, False):
             text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=opening)
             expected = tokenizer(text, add_special_tokens=False)["input_ids"]
             assert runtime.chat_ids(conversation, opening) == expected, conversation
-            assert genai_chat_ids(exported, conversation, opening) == expected, conversation
+            assert genai.chat_ids(conversation, opening) == expected, conversation
 
 
 def test_genai_continues_as_plain_onnxruntime_does(exported, token_ids):

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from export.errors import ExportError
 from export.gguf import export_gguf
 from export.torch_runtime import TorchRuntime
 from pipeline import validate
 from pipeline.artifacts import Artifact, Store, write_json
+from pipeline.conversations import fixed_conversations
 from pipeline.errors import GateFailed, UserError
 from pipeline.recipe import Recipe, Thresholds
 from pipeline.validate_worker import judge, read_reference, reference_answers
@@ -196,7 +198,26 @@ def test_the_model_against_itself_is_the_floor(itself: dict[str, Any]) -> None:
     assert validate.missed_gates("itself", itself, Thresholds(mean_kl=1e-9, same_top=1)) == []
     assert itself["max_kl"] == 0
     assert itself["decode_kl"] < 1e-9
-    assert itself["conversations"] >= 2 * 40
+    assert itself["conversations"] == 2 * len(fixed_conversations())
+
+
+def test_conversations_that_the_models_template_refuses_are_not_asked_of_files(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    model_dir = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model_dir)
+    template = (model_dir / "chat_template.jinja").read_text()
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    (model_dir / "chat_template.jinja").write_text(refusing + template)
+    reference_answers(model_dir, [[3, 4, 5, 6]], 1, tmp_path)
+    with_system = sum(messages[0]["role"] == "system" for messages in fixed_conversations())
+    # The file, here the model before, knows system messages.
+    measured = judge(TorchRuntime(tiny_model_dir), *read_reference(tmp_path))
+    assert measured["conversations"] == 2 * (len(fixed_conversations()) - with_system)
+    assert measured["token_ids_equal"]
+    (model_dir / "chat_template.jinja").unlink()
+    with pytest.raises(ExportError, match="its chat template cannot be rendered"):
+        reference_answers(model_dir, [[3, 4, 5, 6]], 1, tmp_path)
 
 
 @pytest.mark.parametrize(
