@@ -6,10 +6,12 @@ beyond the stack, names that lead out of the folder, templates that never end.
 """
 
 import json
+import math
+import re
 import struct
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,8 +25,14 @@ LARGEST_TOKENIZER = 256 * 2**20
 DEEPEST_JSON = 64
 LARGEST_COUNT = 2**20
 """Of a GGUF file's tensors and metadata: far beyond any model, far below what exhausts memory."""
+STRING = 8
 GGUF_SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-"""Bytes of each type of metadata value; 8 is a string, 9 an array."""
+"""Bytes of each type of metadata value; besides there are strings, and arrays (9)."""
+CHAT_TEMPLATE = b"tokenizer.chat_template"
+"""Metadata of a GGUF file that hold a template begin so."""
+TENSOR_BYTES = {"f32-to-bf16": 2}
+"""Bytes of an element by the format of a record of an MLC tensor cache, where its type does not tell them."""
+DTYPE_BITS = re.compile(r"(?:u?int|b?float)(8|16|32|64)")
 TEMPLATE_SECONDS = 5
 TEMPLATE_CHARACTERS = 1_000_000
 
@@ -34,8 +42,9 @@ def check_model_folder(folder: Path) -> None:
 
     Raises:
         ExportError: a link or a name in it leads out of it; config or tokenizer is no JSON, too large or
-            nested too deeply; a safetensors file's header does not fit the file; or the configuration asks
-            for more memory than the weights explain.
+            nested too deeply; a safetensors file's header or MLC's tensor cache does not fit the files; the
+            configuration asks for more memory than the weights explain; or ``check_chat_template`` refuses a
+            chat template.
     """
     folder = Path(folder)
     # The hub's cache keeps files beside the snapshots that link to them.
@@ -62,15 +71,34 @@ def check_model_folder(folder: Path) -> None:
     config = folder / "config.json"
     if sizes and config.is_file():
         _check_sizes(config, read_json(config, LARGEST_CONFIG), sizes)
+    for path in (folder / "tensor-cache.json", folder / "ndarray-cache.json"):
+        if path.is_file():
+            check_tensor_cache(path)
+    for where, template in _chat_templates(folder):
+        check_chat_template(template, where)
 
 
-def check_gguf_header(path: Path) -> None:
+def check_gguf(path: Path) -> None:
+    """Checks a GGUF file's header and the chat templates in it.
+
+    Raises:
+        ExportError: as ``check_gguf_header`` and ``check_chat_template``.
+    """
+    for template in check_gguf_header(path):
+        check_chat_template(template, str(path))
+
+
+def check_gguf_header(path: Path) -> list[str]:
     """Checks a GGUF file's header against its size: magic, version, counts, lengths, nesting, offsets.
+
+    Returns:
+        The chat templates that it holds.
 
     Raises:
         ExportError: it does not fit; the sentence says which part.
     """
     size = path.stat().st_size
+    templates = []
     with path.open("rb") as file:
         reader = _GgufHeader(file, size, path)
         if file.read(4) != b"GGUF":
@@ -83,8 +111,11 @@ def check_gguf_header(path: Path) -> None:
             if count > LARGEST_COUNT:
                 raise ExportError(f"{path}: says that it holds {count} {what}, which no model does.")
         for _ in range(pairs):
-            reader.skip_string()
-            reader.skip_value(reader.number("<I"), 0)
+            name, kind = reader.string(), reader.number("<I")
+            if kind == STRING and name.startswith(CHAT_TEMPLATE):
+                templates.append(reader.string().decode("utf-8", "replace"))
+            else:
+                reader.skip_value(kind, 0)
         for _ in range(tensors):
             reader.skip_string()
             dimensions = reader.number("<I")
@@ -98,6 +129,38 @@ def check_gguf_header(path: Path) -> None:
             # No type takes less than a bit an element.
             if offset > size or elements // 8 > size:
                 raise ExportError(f"{path}: a tensor lies outside the file; it is truncated or damaged.")
+    return templates
+
+
+def check_tensor_cache(path: Path) -> None:
+    """Checks the index of MLC's weights against the files beside it, which TVM takes its word for.
+
+    Args:
+        path: ``tensor-cache.json``, or ``ndarray-cache.json`` of older versions.
+
+    Raises:
+        ExportError: it is no such index, names a file outside its folder, or a tensor's shape, type, size and
+            place do not fit together or go beyond the file.
+    """
+    value = read_json(path, LARGEST_CONFIG)
+    try:
+        for shard in value["records"]:
+            name = shard["dataPath"]
+            if Path(name).name != name or not (path.parent / name).is_file():
+                raise ExportError(f"{path}: names {name!r}, which is no file of this folder.")
+            size = (path.parent / name).stat().st_size
+            for record in shard["records"]:
+                element = TENSOR_BYTES.get(record["format"]) or _element_bytes(record["dtype"])
+                shape, start, count = record["shape"], record["byteOffset"], record["nbytes"]
+                numbers = [*shape, start, count]
+                sound = all(isinstance(number, int) and 0 <= number < 2**62 for number in numbers)
+                if not sound or math.prod(shape) * (element or 0) != count or start + count > size:
+                    raise ExportError(
+                        f"{path}: the tensor {str(record['name'])[:80]!r} does not fit its shape or {name}; "
+                        "the folder is damaged."
+                    )
+    except (KeyError, TypeError, AttributeError, OSError) as error:
+        raise ExportError(f"{path}: is no index of MLC's weights ({_line(error)}).") from None
 
 
 def check_chat_template(template: str, where: str) -> None:
@@ -161,6 +224,27 @@ def read_json(path: Path, largest: int) -> Any:
     return value
 
 
+def _chat_templates(folder: Path) -> Iterator[tuple[str, str]]:
+    """Where each chat template of a folder stands, and the template: all places that transformers reads."""
+    for path in [folder / "chat_template.jinja", *sorted(folder.glob("additional_chat_templates/*.jinja"))]:
+        if path.is_file():
+            if path.stat().st_size > LARGEST_CONFIG:
+                raise ExportError(f"{path}: more than {LARGEST_CONFIG} bytes are not read.")
+            yield str(path), path.read_text(encoding="utf-8", errors="replace")
+    for path in (folder / "tokenizer_config.json", folder / "chat_template.json"):
+        value = read_json(path, LARGEST_CONFIG) if path.is_file() else None
+        found = value.get("chat_template") if isinstance(value, dict) else None
+        for each in found if isinstance(found, list) else [found]:
+            template = each.get("template") if isinstance(each, dict) else each
+            if isinstance(template, str):
+                yield str(path), template
+
+
+def _element_bytes(dtype: str) -> int | None:
+    found = DTYPE_BITS.fullmatch(dtype)
+    return int(found[1]) // 8 if found else None
+
+
 def _check_index(path: Path, value: Any) -> None:
     names = value.get("weight_map") if isinstance(value, dict) else None
     if not isinstance(names, dict):
@@ -203,11 +287,17 @@ class _GgufHeader:
             raise self._truncated()
         return int(struct.unpack(kind, data)[0])
 
+    def string(self) -> bytes:
+        length = self.number("<Q")
+        if length > min(self.size - self.file.tell(), LARGEST_CONFIG):
+            raise self._truncated()
+        return self.file.read(length)
+
     def skip_string(self) -> None:
         self._skip(self.number("<Q"))
 
     def skip_value(self, kind: int, depth: int) -> None:
-        if kind == 8:
+        if kind == STRING:
             self.skip_string()
         elif kind in GGUF_SCALARS:
             self._skip(GGUF_SCALARS[kind])

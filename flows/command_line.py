@@ -17,7 +17,7 @@ from typer.exceptions import TyperException
 from export import quantizations
 from export.errors import ExportError
 from flows import store_commands
-from flows.interrupts import INTERRUPTED, ending_at_once, leashed_children
+from flows.interrupts import INTERRUPTED, ending_at_once, ending_with_server, leashed_children
 from pipeline.errors import EXIT_BAD_INPUT, EXIT_GATE_FAILED, EXIT_INTERRUPTED, GateFailed, UserError
 
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
@@ -57,28 +57,37 @@ def welcome(context: typer.Context) -> None:
 
 @app.command()
 def ship(
-    recipe: RecipePath = DEFAULT_RECIPE,
+    recipes: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[RECIPE]...", help=f"Recipes, YAML files; {DEFAULT_RECIPE} if left out."),
+    ] = None,
     store: Annotated[Path, typer.Option(help="Folder of finished stages.")] = Path("store"),
     release: Annotated[Path, typer.Option(help="Where the release is laid out.")] = Path("release"),
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run a recipe from teacher to release folder.
+    """Run a recipe from teacher to release folder, or several one after the other.
 
     Example: martlet ship recipes/smoke.yaml --release release-smoke
     """
+    paths = recipes or [DEFAULT_RECIPE]
     with ending_at_once(), leashed_children():
-        plan = check_recipe_file(recipe)
-        with quiet_prefect(store), progress_shown(plan, recipe, store, release, quiet) as live:
+        plans = [check_recipe_file(path) for path in paths]
+        with quiet_prefect(store), progress_shown(plans, paths, store, release, quiet) as live:
             from flows.distill_and_ship import distill_and_ship
 
-            result = distill_and_ship(str(recipe), str(store), str(release))
+            several = [str(path) for path in paths] if len(paths) > 1 else None
+            result = distill_and_ship(str(paths[0]), str(store), str(release), several)
     if as_json:
         print(json.dumps(result))
-    elif quiet:
-        print(result["release"])
-    else:
-        show_release(result, with_stages=not live)
+        return
+    for each in result["releases"] if several else [result]:
+        if quiet:
+            print(each["release"])
+        else:
+            show_release(each, with_stages=not live)
+    if several:
+        print(result["comparison"] if quiet else f"Page:    {result['comparison']}")
 
 
 @app.command()
@@ -248,20 +257,19 @@ def validate(
 
 @app.command()
 def compare_releases(
-    first: Annotated[Path, typer.Argument(help="Release folder.")],
-    second: Annotated[Path, typer.Argument(help="Release folder.")],
+    releases: Annotated[list[Path], typer.Argument(help="Release folders, two or more.")],
     output: Annotated[Path, typer.Option(help="Folder of the page and its JSON.")] = Path(
         "release-comparison"
     ),
     as_json: AsJson = False,
 ) -> None:
-    """Put two releases side by side on one page.
+    """Put releases side by side on one page.
 
     Example: martlet compare-releases release release.previous-1
     """
     from pipeline import compare_releases as comparison
 
-    facts = comparison.run(first, second)
+    facts = comparison.run(*releases)
     files = comparison.write(facts, output)
     if as_json:
         print(json.dumps({"files": [str(path) for path in files], "recipe": facts["recipe"]}))
@@ -408,12 +416,14 @@ def phone(
 
 def check_before_opening(model: Path) -> None:
     """Checks a file or folder that may come from anywhere before its runtime reads it."""
-    from export.untrusted import check_gguf_header, check_model_folder
+    from export.untrusted import check_gguf, check_model_folder
 
     if model.is_dir():
         check_model_folder(model)
     elif model.suffix == ".gguf":
-        check_gguf_header(model)
+        check_gguf(model)
+    elif model.suffix == ".onnx":
+        check_model_folder(model.parent.parent if model.parent.name == "onnx" else model.parent)
 
 
 def check_recipe_file(path: Path) -> Any:
@@ -445,7 +455,10 @@ def progress_line(line: str) -> None:
 @contextlib.contextmanager
 def quiet_prefect(store: Path) -> Iterator[None]:
     """An embedded Prefect server with its data in the store, nothing sent out, no chatter."""
-    store.mkdir(parents=True, exist_ok=True)
+    try:
+        (store / "logs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{store}: the store cannot be written ({error.strerror}).") from None
     os.environ["PREFECT_HOME"] = str((store / "prefect").resolve())
     # A server that the user's shell points to is for `prefect deployment run`, not for this command.
     os.environ.pop("PREFECT_API_URL", None)
@@ -461,9 +474,19 @@ def quiet_prefect(store: Path) -> Iterator[None]:
     for name in ("prefect", "httpx", "uvicorn"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        with others_muted(store / "logs" / "prefect.log"):
+        log = store / "logs" / "prefect.log"
+        with others_muted(log), ending_with_server(log):
             yield
-    except RuntimeError as error:
+    except (UserError, ExportError, GateFailed):
+        raise
+    except Exception as error:
+        # Looked up only now: it loads more than commands that do not run should wait for.
+        from pipeline.artifacts import space_ran_out
+
+        if space_ran_out(store, error):  # Prefect's server keeps its database there, too
+            raise UserError(
+                f"{store}: no space is left on the disk; free space and start the same command again."
+            ) from None
         if "ephemeral Prefect API server" not in str(error):
             raise
         raise UserError(
@@ -502,14 +525,17 @@ def others_muted(log: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def progress_shown(plan: Any, recipe: Path, store: Path, release: Path, quiet: bool) -> Iterator[bool]:
-    """Shows the flow's progress on standard error: one live view in a terminal, lines elsewhere and in CI,
-    nothing where quiet is wanted. The value is whether it is the live view."""
+def progress_shown(
+    plans: list[Any], recipes: list[Path], store: Path, release: Path, quiet: bool
+) -> Iterator[bool]:
+    """Shows the flow's progress on standard error: one live view in a terminal, lines elsewhere, in CI, and
+    with several recipes, nothing where quiet is wanted. The value is whether it is the live view."""
     progress = logging.getLogger("martlet")
     progress.setLevel(logging.INFO)
     progress.propagate = False
     console = Console(stderr=True)
     live = not quiet and console.is_terminal and not console.is_dumb_terminal and "CI" not in os.environ
+    live = live and len(plans) == 1
     with contextlib.ExitStack() as stack:
         handler: logging.Handler = logging.NullHandler() if quiet else logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
@@ -519,7 +545,7 @@ def progress_shown(plan: Any, recipe: Path, store: Path, release: Path, quiet: b
                 from flows.live_view import LiveView
 
             foot = f"stages: {store}   logs: {store / 'logs'}   release: {release}"
-            view = LiveView(console, f"{plan.name}  ({recipe})", stage_names(plan), foot)
+            view = LiveView(console, f"{plans[0].name}  ({recipes[0]})", stage_names(plans[0]), foot)
             handler = stack.enter_context(view)
         progress.addHandler(handler)
         try:

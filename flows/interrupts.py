@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +20,14 @@ from types import FrameType
 import psutil
 from rich.console import Console
 
-from pipeline.errors import EXIT_INTERRUPTED
+from pipeline.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 INTERRUPTED = "martlet: interrupted; the same command goes on where this one stopped."
+SERVER = "prefect.server.api.server"
+"""What the command line of Prefect's embedded server holds."""
+SERVER_GRACE_SECONDS = 3.0
+"""In which Prefect itself starts its server again, where its port was taken."""
 
 _ending = threading.Lock()
 
@@ -74,8 +79,28 @@ def leashed_children() -> Iterator[None]:
         del os.environ["MARTLET_RUN"]
 
 
-def end_now() -> None:
-    """Ends this process with the interrupted sentence and exit code, its children first.
+@contextlib.contextmanager
+def ending_with_server(log: Path) -> Iterator[None]:
+    """While it lasts, this process ends with one sentence when Prefect's embedded server has ended.
+
+    Args:
+        log: file that holds what the server said, for the sentence.
+
+    Prefect itself does not notice: its client tries again for a minute and then raises what httpx raised, and
+    while it waits for a server to start it waits for a dead one, too, until its time is over.
+    """
+    over = threading.Event()
+    thread = threading.Thread(target=_watch_server, args=(over, log), daemon=True, name="server-watch")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def end_now(sentence: str = INTERRUPTED, code: int = EXIT_INTERRUPTED) -> None:
+    """Ends this process with a sentence and an exit code (by default an interrupt's), its children first.
 
     They are stopped before they are killed: a stage that saw its child die would report that as a failure, or
     start the next child.
@@ -89,11 +114,11 @@ def end_now() -> None:
                 os.kill(pid, signal.SIGSTOP)
         stopped |= new
     Console(stderr=True).show_cursor()  # the live view hides it
-    print(INTERRUPTED, file=sys.stderr, flush=True)
+    print(sentence, file=sys.stderr, flush=True)
     for pid in stopped:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    os._exit(EXIT_INTERRUPTED)
+    os._exit(code)
 
 
 @contextlib.contextmanager
@@ -121,3 +146,37 @@ def _wait_for_signal(receiver: socket.socket) -> None:
     while numbers := receiver.recv(64):
         if any(number in SIGNALS for number in numbers):
             end_now()
+
+
+def _watch_server(over: threading.Event, log: Path) -> None:
+    server: psutil.Process | None = None
+    missing_since = 0.0
+    while not over.wait(1):
+        if server is not None and _lives(server):
+            continue
+        found = next((child for child in psutil.Process().children() if _is_server(child)), None)
+        if found is None and server is not None:
+            missing_since = missing_since or time.monotonic()
+            if time.monotonic() - missing_since > SERVER_GRACE_SECONDS and not over.is_set():
+                end_now(
+                    "martlet: Prefect's embedded server has ended, killed from outside or for lack of memory "
+                    f"or disk space ({log} holds what it said); the same command goes on where this one "
+                    "stopped.",
+                    EXIT_BAD_INPUT,
+                )
+        elif found is not None:
+            server, missing_since = found, 0.0
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _is_server(process: psutil.Process) -> bool:
+    try:
+        return _lives(process) and SERVER in " ".join(process.cmdline())
+    except psutil.Error:
+        return False

@@ -7,6 +7,7 @@ whole. ``artifact.json`` inside says what it was made from and the SHA-256 of ea
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -23,6 +24,11 @@ from typing import Any
 from pipeline.errors import UserError
 
 MANIFEST = "artifact.json"
+IDENTITY = ("stage", "version", "parameters", "inputs", "seed")
+"""Keys of a manifest that make an artifact's key."""
+KEYS = (*IDENTITY, "input_artifacts", "key", "digest", "files", "packages", "seconds")
+OWN_DIGEST = "manifest_sha256"
+"""Key of a manifest that holds the SHA-256 of the others."""
 RELEASES = "releases"
 """Folder of a store that says which artifacts releases were laid out from."""
 RECORDED_PACKAGES = (
@@ -38,6 +44,18 @@ RECORDED_PACKAGES = (
     "onnxruntime",
     "onnxruntime-genai",
 )
+
+FULL = 64 * 1024
+"""A disk with fewer bytes left than this is full: what failed on it failed for that."""
+NO_SPACE = ("no space left on device", "disk quota exceeded", "os error 28", "os error 122")
+NO_MEMORY = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "bad_alloc",
+    "memoryerror",
+)
+"""How libraries say it, in lower case, in exceptions of their own and from their processes."""
 
 MEASURED_FILES = frozenset({"evaluation.json", "curve.json"})
 MEASURED = frozenset({"seconds", "tokens_per_second", "peak_memory_bytes"})
@@ -79,6 +97,19 @@ def sha256_of_file(path: Path) -> str:
 def sha256_of_json(value: Any) -> str:
     """SHA-256 of a JSON value in its canonical form (sorted keys, no spaces)."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def with_own_digest(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest with the SHA-256 of the rest of it, so that damage to it is found like damage to a file."""
+    rest = {key: value for key, value in manifest.items() if key != OWN_DIGEST}
+    return {**rest, OWN_DIGEST: sha256_of_json(rest)}
+
+
+def is_as_written(manifest: Mapping[str, Any], keys: Iterable[str]) -> bool:
+    """Whether a manifest has these keys alone and the SHA-256 that it says. One that says nothing of itself
+    comes from an earlier version."""
+    known = set(manifest) <= {*keys, OWN_DIGEST}
+    return known and (OWN_DIGEST not in manifest or manifest == with_own_digest(manifest))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -164,12 +195,9 @@ class Store:
                     return stored
                 return self._make(final, identity, inputs, make)
         except OSError as error:
-            if error.errno in (28, 122):  # ENOSPC, EDQUOT
-                raise UserError(
-                    f"{self.root}: no space is left on the disk while {stage} wrote its result; "
-                    "free space and start the same command again."
-                ) from error
-            if error.errno in (13, 30):  # EACCES, EROFS
+            if space_ran_out(self.root, error):
+                raise self._no_space(stage) from error
+            if error.errno in (errno.EACCES, errno.EROFS):
                 raise UserError(f"{self.root}: the store cannot be written ({error.strerror}).") from error
             raise
 
@@ -190,39 +218,52 @@ class Store:
         earlier_seconds = _seconds_so_far(work)
         try:
             make(output, work)
-        except BaseException:
+        except BaseException as error:
+            # Looked at before removing what was written makes room again.
+            full = isinstance(error, Exception) and space_ran_out(self.root, error)
             shutil.rmtree(output, ignore_errors=True)
             with contextlib.suppress(OSError):
                 write_json(work / "seconds.json", earlier_seconds + time.monotonic() - started)
+            if full:
+                raise self._no_space(stage) from error
+            if memory_ran_out(error):
+                raise UserError(
+                    f"{stage}: there is not enough memory; free some, or lower batch_size or "
+                    "sequence_length, and start the same command again."
+                ) from error
             raise
         seconds = earlier_seconds + time.monotonic() - started
         files = file_digests(output)
         if not files:
             raise RuntimeError(f"stage {stage} wrote nothing")
-        digest = sha256_of_json({name: _content(output / name, entry) for name, entry in files.items()})
+        digest = _digest_of(output, files)
         for path in output.rglob("*"):
             _fsync(path)
-        write_json(
-            output / MANIFEST,
-            {
-                **identity,
-                "input_artifacts": {
-                    role: {"stage": value.stage, "key": value.key}
-                    for role, value in inputs.items()
-                    if isinstance(value, Artifact)
-                },
-                "key": final.name,
-                "digest": digest,
-                "files": files,
-                "packages": _package_versions(),
-                "seconds": round(seconds, 3),
+        manifest = {
+            **identity,
+            "input_artifacts": {
+                role: {"stage": value.stage, "key": value.key}
+                for role, value in inputs.items()
+                if isinstance(value, Artifact)
             },
-        )
+            "key": final.name,
+            "digest": digest,
+            "files": files,
+            "packages": _package_versions(),
+            "seconds": round(seconds, 3),
+        }
+        write_json(output / MANIFEST, with_own_digest(manifest))
         _fsync(output)
         output.rename(final)
         _fsync(final.parent)
         shutil.rmtree(work, ignore_errors=True)
         return Artifact(stage, final.name, digest, final, seconds, cached=False)
+
+    def _no_space(self, stage: str) -> UserError:
+        return UserError(
+            f"{self.root}: no space is left on the disk while {stage} wrote its result; "
+            "free space and start the same command again."
+        )
 
     def _verified(self, final: Path, stage: str) -> Artifact | None:
         """The stored artifact if every file has its recorded SHA-256; a damaged one is put aside."""
@@ -230,7 +271,8 @@ class Store:
             return None
         problem = damage(final)
         if problem is None:
-            manifest = json.loads((final / MANIFEST).read_text(encoding="utf-8"))
+            manifest = read_manifest(final)
+            assert manifest is not None, "damage() has just read it"
             with contextlib.suppress(OSError):
                 os.utime(final)  # the folder's time says when it was last used
             return Artifact(stage, final.name, manifest["digest"], final, manifest["seconds"], cached=True)
@@ -261,13 +303,67 @@ class Store:
         # The lock file stays: removing it would let two later runs lock two different files of that name.
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a stored artifact, in words; None when every file is as it was recorded."""
+def space_ran_out(place: Path, failure: BaseException | str) -> bool:
+    """Whether something failed because the disk is full. Libraries wrap the system's error in their own, some
+    without a word of it, and what a process wanted to say may not have fitted on the disk either.
+
+    Args:
+        place: where it wrote.
+        failure: the exception, or what a process said.
+    """
+    if _says(failure, NO_SPACE, (errno.ENOSPC, errno.EDQUOT)):
+        return True
+    with contextlib.suppress(OSError):
+        return shutil.disk_usage(place).free < FULL
+    return False
+
+
+def memory_ran_out(failure: BaseException | str) -> bool:
+    """Whether something failed for lack of memory."""
+    return _says(failure, NO_MEMORY, (errno.ENOMEM,)) or isinstance(failure, MemoryError)
+
+
+def _says(failure: BaseException | str | None, phrases: Iterable[str], numbers: Iterable[int]) -> bool:
+    if isinstance(failure, str):
+        return any(phrase in failure.lower() for phrase in phrases)
+    while failure is not None:
+        said = "\n".join([str(failure), *getattr(failure, "__notes__", [])])
+        number = failure.errno if isinstance(failure, OSError) else None
+        if (number is not None and number in numbers) or _says(said, phrases, ()):
+            return True
+        failure = failure.__cause__ or failure.__context__
+    return False
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What an artifact's ``artifact.json`` says; None where it is missing, damaged or of another artifact."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        recorded = {name: (entry["sha256"], entry["bytes"]) for name, entry in manifest["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        identity = {key: manifest[key] for key in IDENTITY}
+        content = {name: (entry["sha256"], entry["bytes"]) for name, entry in manifest["files"].items()}
+        sound = (
+            is_as_written(manifest, KEYS)
+            and manifest["key"] == sha256_of_json(identity)
+            and isinstance(manifest["digest"], str)
+            and isinstance(manifest["seconds"], (int, float))
+            and isinstance(manifest["packages"], dict)
+            and all(isinstance(size, int) and isinstance(digest, str) for digest, size in content.values())
+            and all(
+                isinstance(made["stage"], str) and isinstance(made["key"], str)
+                for made in manifest["input_artifacts"].values()
+            )
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return manifest if sound else None
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a stored artifact, in words; None when every file is as it was recorded."""
+    manifest = read_manifest(folder)
+    if manifest is None:
         return f"{folder / MANIFEST} is missing or damaged"
+    recorded = {name: (entry["sha256"], entry["bytes"]) for name, entry in manifest["files"].items()}
     for name, (sha256, size) in recorded.items():
         path = folder / name
         if not path.is_file():
@@ -277,7 +373,14 @@ def damage(folder: Path) -> str | None:
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
     for name in sorted(present - set(recorded)):
         return f"{folder / name} was added later"
+    if manifest["digest"] != _digest_of(folder, manifest["files"]):
+        return f"{folder / MANIFEST} is damaged (its digest is not that of the files)"
     return None
+
+
+def _digest_of(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> str:
+    """SHA-256 of an artifact: over its files' names and contents, measurements aside."""
+    return sha256_of_json({name: _content(folder / name, entry) for name, entry in files.items()})
 
 
 def _content(path: Path, entry: Mapping[str, Any]) -> str:

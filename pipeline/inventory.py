@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import MANIFEST, RELEASES, damage
+from pipeline.artifacts import MANIFEST, RELEASES, damage, read_manifest
 from pipeline.errors import UserError
 
 KEY_LENGTH = 64
@@ -55,7 +55,9 @@ def entries(store: Path) -> list[Entry]:
     """
     if not store.is_dir():
         raise UserError(f"{store}: no such store; give the folder that `martlet ship --store` wrote.")
-    manifests = {path: _read(path / MANIFEST) for path in store.glob("*/*") if len(path.name) == KEY_LENGTH}
+    manifests = {
+        path: read_manifest(path) or {} for path in store.glob("*/*") if len(path.name) == KEY_LENGTH
+    }
     needed = _needed(store, manifests)
     found = []
     for path, manifest in manifests.items():

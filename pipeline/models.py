@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, hub_error
 
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
@@ -38,7 +38,7 @@ def load_model(folder: Path | str, trust_remote_code: bool = False, revision: st
             revision=revision or "main",
         )
     except Exception as error:
-        raise UserError(f"{folder}: the model cannot be loaded ({_first_line(error)}).") from error
+        raise hub_error(f"{folder}: the model cannot be loaded ({_first_line(error)}).", error) from error
     return model.eval()
 
 
@@ -53,7 +53,7 @@ def load_tokenizer(folder: Path | str, trust_remote_code: bool = False, revision
             folder, trust_remote_code=trust_remote_code, revision=revision or "main"
         )
     except Exception as error:
-        raise UserError(f"{folder}: the tokenizer cannot be loaded ({_first_line(error)}).") from error
+        raise hub_error(f"{folder}: the tokenizer cannot be loaded ({_first_line(error)}).", error) from error
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, generation_config: GenerationConfig | None) -> None:

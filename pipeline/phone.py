@@ -37,7 +37,7 @@ from starlette.routing import Route
 
 from pipeline import release as release_stage
 from pipeline import report, web
-from pipeline.artifacts import sha256_of_file, write_json
+from pipeline.artifacts import sha256_of_file, with_own_digest, write_json
 from pipeline.errors import UserError
 
 LOOPBACK = "127.0.0.1"
@@ -334,7 +334,7 @@ def add_result(root: Path, result: Result) -> str:
     for name in ("report.json", "report.html"):
         path = root / name
         manifest["files"][name] |= {"sha256": sha256_of_file(path), "bytes": path.stat().st_size}
-    write_json(root / release_stage.MANIFEST, manifest)
+    write_json(root / release_stage.MANIFEST, with_own_digest(manifest))
     return (
         f"{report.readable_device(entry['device'])}: {measured.file}, "
         f"{measured.decode_tokens_per_s:.1f} tok/s decode, {measured.prefill_tokens_per_s:.1f} prefill, "

@@ -3,6 +3,7 @@ values are refused with one sentence that names file and key."""
 
 import os
 import re
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -12,6 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from export import quantizations
 from pipeline.errors import UserError
 
+LARGEST_RECIPE = 2**20
+"""Bytes."""
+LARGEST_MAPPING = 10_000
+"""Keys of one mapping of a recipe."""
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
 
 
@@ -253,6 +258,7 @@ class Validate(Section):
     thresholds: dict[str, Thresholds] = Field(
         default_factory=dict, description="By quantization (q4_k_m, q4f32_1, int4, ...) in place of default."
     )
+    timeout_s: float = Field(3600, gt=0, description="Seconds that the gates of one file may take.")
 
 
 class Bench(Section):
@@ -316,7 +322,7 @@ class Recipe(Section):
         min_length=1,
         description="Why licences that exclude each other may be mixed all the same; the cards show it.",
     )
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
     teacher: Teacher
     data: Data
@@ -370,25 +376,59 @@ def load_recipe(path: Path) -> Recipe:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(LARGEST_RECIPE + 1)
     except FileNotFoundError:
         raise UserError(f"{path}: no such recipe; give the path of a YAML file.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as text ({error}); give the path of a YAML file.") from None
+    if len(text) > LARGEST_RECIPE:
+        raise UserError(f"{path}: is longer than {LARGEST_RECIPE} characters; a recipe has some thousand.")
     try:
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
+        values = yaml.load(text, Loader=_Loader)
+    except Exception as error:  # values of explicit types, such as !!int x, fail in ways of their own
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "nested too deeply"
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None)
+        deep = isinstance(error, RecursionError)
+        problem = problem or ("nested too deeply" if deep else "a value is none of its type")
         raise UserError(f"{path}{where}: not valid YAML ({problem}); mend the syntax.") from None
+    return recipe_of(values, path)
+
+
+def recipe_of(values: Any, path: Path) -> Recipe:
+    """The recipe of values that a file held; relative paths in it are resolved against the file's folder.
+
+    Raises:
+        UserError: as ``load_recipe``.
+    """
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys to values; this file holds none.")
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{path}: {_first_problem(error)}") from None
-    return _resolve_paths(recipe, path.resolve().parent)
+    return _resolve_paths(recipe, path)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe subset. Mappings that merge others, which merge others, may not grow without end."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > LARGEST_MAPPING:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"a mapping has more than {LARGEST_MAPPING} keys", node.start_mark
+            )
+
+
+class _Shown(reprlib.Repr):
+    """A value in a sentence. Aliases make a few lines of YAML a value that no memory holds as text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlist = self.maxdict = self.maxlevel = 4
+        self.maxstring = self.maxother = self.maxlong = 200
 
 
 def _first_problem(error: ValidationError) -> str:
@@ -401,7 +441,7 @@ def _first_problem(error: ValidationError) -> str:
         return f"unknown key {key}; remove it or correct its spelling (docs/guide.md lists all keys)."
     if problem["type"] == "missing":
         return f"key {key} is missing; add it (docs/guide.md lists all keys)."
-    shown = repr(problem.get("input"))
+    shown = _Shown().repr(problem.get("input"))
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     if problem["type"] == "value_error":
         return f"{key}: {message}." if problem["loc"] else f"{message}."
@@ -409,32 +449,52 @@ def _first_problem(error: ValidationError) -> str:
 
 
 def _is_path(source: str) -> bool:
-    return ":" not in source and (source.startswith((".", "/", "~")) or Path(source).suffix != "")
+    return source.startswith((".", "/", "~")) or Path(source).suffix != ""
 
 
-def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
-    def resolve(source: str) -> str:
-        return str((folder / Path(source).expanduser()).resolve()) if _is_path(source) else source
+def _resolve_paths(recipe: Recipe, file: Path) -> Recipe:
+    folder = file.resolve().parent
 
-    def resolve_model(model: str | None) -> str | None:
-        if model is None or model.startswith("package:"):
-            return model
-        candidate = (folder / Path(model).expanduser()).resolve()
-        return str(candidate) if model.startswith((".", "/", "~")) or candidate.is_dir() else model
+    def resolve(key: str, value: str) -> Path:
+        try:
+            path = (folder / Path(value).expanduser()).resolve()
+            path.exists()  # names that no file can have
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = (getattr(error, "strerror", None) or str(error)).rstrip(".")
+            raise UserError(f"{file}: {key}: {_Shown().repr(value)} is no path ({reason}).") from None
+        return path
+
+    def source(key: str, value: str) -> str:
+        if ":" in value:
+            return value
+        path = resolve(key, value)
+        return str(path) if _is_path(value) else value
+
+    def model(key: str, value: str | None) -> str | None:
+        if value is None or value.startswith("package:"):
+            return value
+        candidate = resolve(key, value)
+        return str(candidate) if value.startswith((".", "/", "~")) or candidate.is_dir() else value
 
     matrix = recipe.export.importance_matrix
     if matrix is not None and matrix != CALIBRATION:
-        matrix = str((folder / Path(matrix).expanduser()).resolve())
-    text = recipe.data.text.model_copy(update={"sources": [resolve(s) for s in recipe.data.text.sources]})
-    chats = recipe.data.chats.model_copy(update={"sources": [resolve(s) for s in recipe.data.chats.sources]})
+        matrix = str(resolve("export.importance_matrix", matrix))
+    text, chats = (
+        section.model_copy(update={"sources": [source(key, each) for each in section.sources]})
+        for key, section in (
+            ("data.text.sources", recipe.data.text),
+            ("data.chats.sources", recipe.data.chats),
+        )
+    )
+    profiles = [str(resolve("bench.profiles", each)) for each in recipe.bench.profiles]
+    teacher = model("teacher.model", recipe.teacher.model)
+    student = model("student.model", recipe.student.model)
     return recipe.model_copy(
         update={
-            "data": Data(text=text, chats=chats),
-            "bench": recipe.bench.model_copy(
-                update={"profiles": [str((folder / p).resolve()) for p in recipe.bench.profiles]}
-            ),
-            "teacher": recipe.teacher.model_copy(update={"model": resolve_model(recipe.teacher.model)}),
-            "student": recipe.student.model_copy(update={"model": resolve_model(recipe.student.model)}),
+            "data": recipe.data.model_copy(update={"text": text, "chats": chats}),
+            "bench": recipe.bench.model_copy(update={"profiles": profiles}),
+            "teacher": recipe.teacher.model_copy(update={"model": teacher}),
+            "student": recipe.student.model_copy(update={"model": student}),
             "export": recipe.export.model_copy(update={"importance_matrix": matrix}),
         }
     )

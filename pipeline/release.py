@@ -6,10 +6,13 @@ reports alone, so of the manifest only their two entries can differ.
 
 import contextlib
 import errno
+import fcntl
+import hashlib
 import json
+import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,16 @@ from export.errors import ExportError
 from export.mlc import conversation_template
 from export.ollama import LONGEST_CONTEXT, modelfile
 from pipeline import cards, provenance, report, web
-from pipeline.artifacts import Artifact, Store, sha256_of_file, sha256_of_json, write_json
+from pipeline.artifacts import (
+    Artifact,
+    Store,
+    is_as_written,
+    sha256_of_file,
+    sha256_of_json,
+    space_ran_out,
+    with_own_digest,
+    write_json,
+)
 from pipeline.bill_of_materials import FILE_NAME as BILL_OF_MATERIALS
 from pipeline.bill_of_materials import bill_of_materials, file_digests
 from pipeline.errors import UserError
@@ -26,9 +38,12 @@ from pipeline.recipe import Recipe
 
 SCHEMA = "martlet-manifest-1"
 MANIFEST = "manifest.json"
+KEYS = ("schema", "identity", "name", "recipe", "packages", "inputs", "lineage", "files")
 CARD = "README.md"
 MODELFILE = "Modelfile"
-VERSION = 3
+LONGEST_NAME, LONGEST_PATH = 255, 1024
+"""Bytes of a file's name and characters of its path in a release."""
+VERSION = 4
 """Raised when the same artifacts give another release."""
 
 
@@ -65,63 +80,66 @@ def run(
     )
     problems: list[str] = []
     try:
-        if root.exists() and (not root.is_dir() or any(root.iterdir())):
-            manifest = read_manifest(root)
-            if manifest is None:
-                raise UserError(
-                    f"{root}: exists and is no release of martlet; give another folder or remove it."
-                )
-            problems = verify(root)
-            if manifest.get("identity") == identity and not problems:
+        with _only_one(root, store):
+            _clear_leftovers(root)
+            if root.exists() and (not root.is_dir() or any(root.iterdir())):
+                manifest = read_manifest(root)
+                if manifest is None:
+                    raise UserError(
+                        f"{root}: exists and is no release of martlet; give another folder or remove it."
+                    )
+                problems = verify(root)
+                if manifest.get("identity") == identity and not problems:
+                    store.keep_for(root, artifacts.values())
+                    store.report(f"release: {root} is up to date")
+                    return root
+            store.report(f"release: laying out {root}")
+            root.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=root.parent, prefix=_unfinished(root)) as temporary:
+                # Made with mode 0700; a release is for others to read.
+                folder = Path(temporary) / "release"
+                folder.mkdir()
+                made_from = _copy_models(folder, recipe, artifacts)
+                facts = report.collect(recipe, artifacts, stage_times)
+                facts["folders"] = _folders(folder, made_from)
+                for name, text in cards.model_cards(recipe, facts).items():
+                    (folder / name / CARD).write_text(text, encoding="utf-8")
+                if "gguf" in artifacts:
+                    gguf = f"{recipe.name.lower()}-instruct-{recipe.export.gguf[-1]}.gguf"
+                    text = _modelfile(artifacts["instruct"].path / "model", gguf)
+                    (folder / f"{recipe.name}-Instruct-GGUF" / MODELFILE).write_text(text, encoding="utf-8")
+                listings = {
+                    format: json.loads((artifacts[format].path / "files.json").read_text(encoding="utf-8"))
+                    for format in ("gguf", "onnx")
+                    if format in artifacts
+                }
+                if not web.lay_out(folder, f"{recipe.name}-Instruct", listings):
+                    store.report(
+                        "release: laid out without its web page, because web/dist is not built; install "
+                        "Node.js 18 or later with npm and run make page"
+                    )
+                write_json(folder / "report.json", facts)
+                (folder / "report.html").write_text(report.render(facts), encoding="utf-8")
+                inputs = provenance.inputs(recipe, artifacts)
+                listed = {
+                    name: {key: entry[key] for key in ("sha256", "bytes")}
+                    for name, entry in _files(folder, made_from).items()
+                    if entry["made_from"]["stage"] != "release"
+                }
+                write_json(folder / BILL_OF_MATERIALS, bill_of_materials(recipe, inputs, listed))
+                manifest = _manifest(folder, identity, recipe, artifacts, made_from, inputs)
+                write_json(folder / MANIFEST, with_own_digest(manifest))
                 store.keep_for(root, artifacts.values())
-                store.report(f"release: {root} is up to date")
-                return root
-        store.report(f"release: laying out {root}")
-        root.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as temporary:
-            # Made with mode 0700; a release is for others to read.
-            folder = Path(temporary) / "release"
-            folder.mkdir()
-            made_from = _copy_models(folder, recipe, artifacts)
-            facts = report.collect(recipe, artifacts, stage_times)
-            facts["folders"] = _folders(folder, made_from)
-            for name, text in cards.model_cards(recipe, facts).items():
-                (folder / name / CARD).write_text(text, encoding="utf-8")
-            if "gguf" in artifacts:
-                gguf = f"{recipe.name.lower()}-instruct-{recipe.export.gguf[-1]}.gguf"
-                text = _modelfile(artifacts["instruct"].path / "model", gguf)
-                (folder / f"{recipe.name}-Instruct-GGUF" / MODELFILE).write_text(text, encoding="utf-8")
-            listings = {
-                format: json.loads((artifacts[format].path / "files.json").read_text(encoding="utf-8"))
-                for format in ("gguf", "onnx")
-                if format in artifacts
-            }
-            if not web.lay_out(folder, f"{recipe.name}-Instruct", listings):
-                store.report(
-                    "release: laid out without its web page, because web/dist is not built; install Node.js "
-                    "18 or later with npm and run make page"
-                )
-            write_json(folder / "report.json", facts)
-            (folder / "report.html").write_text(report.render(facts), encoding="utf-8")
-            inputs = provenance.inputs(recipe, artifacts)
-            listed = {
-                name: {key: entry[key] for key in ("sha256", "bytes")}
-                for name, entry in _files(folder, made_from).items()
-                if entry["made_from"]["stage"] != "release"
-            }
-            write_json(folder / BILL_OF_MATERIALS, bill_of_materials(recipe, inputs, listed))
-            write_json(folder / MANIFEST, _manifest(folder, identity, recipe, artifacts, made_from, inputs))
-            store.keep_for(root, artifacts.values())
-            _swap_in(folder, root, Path(temporary) / "previous")
-            edited = [problem for problem in problems if not problem.endswith("is missing.")]
-            if edited:
-                kept = _free_name(root)
-                (Path(temporary) / "previous").rename(kept)
-                store.report(
-                    f"release: the earlier release was changed by hand ({edited[0]}) and is kept in {kept}"
-                )
+                edited = [problem for problem in problems if not problem.endswith("is missing.")]
+                previous = _free_name(root) if edited else Path(temporary) / "previous"
+                _swap_in(folder, root, previous)
+                if edited:
+                    store.report(
+                        f"release: the earlier release was changed by hand ({edited[0]}) and is kept in "
+                        f"{previous}"
+                    )
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if space_ran_out(root.parent, error):
             raise UserError(f"{root}: no space is left on the disk for the release; free space.") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise UserError(
@@ -142,6 +160,8 @@ def verify(root: Path) -> list[str]:
     if manifest is None:
         raise UserError(f"{root / MANIFEST}: is missing or no manifest of martlet; give a release folder.")
     problems = []
+    if not is_as_written(manifest, KEYS):
+        problems.append(f"{root / MANIFEST}: is damaged (its SHA-256 is not the one in it).")
     for name, entry in manifest["files"].items():
         path = root / name
         if not path.resolve().is_relative_to(root.resolve()):
@@ -176,7 +196,7 @@ def verify_inputs(root: Path) -> list[str]:
             problems.append(f"{root / MANIFEST}: recipe: is not the one that the release was made from.")
         try:
             problems += provenance.changed_files(inputs)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
             problems.append(f"{root / MANIFEST}: inputs: cannot be read ({error!r}).")
     try:
         listed = file_digests(json.loads((root / BILL_OF_MATERIALS).read_text(encoding="utf-8")))
@@ -192,11 +212,23 @@ def verify_inputs(root: Path) -> list[str]:
 def read_manifest(root: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
-        entries = manifest["files"].values()
-        valid = manifest["schema"] == SCHEMA and all({"sha256", "bytes"} <= set(entry) for entry in entries)
+        listed = manifest["files"].items()
+        valid = manifest["schema"] == SCHEMA and all(_is_file_entry(name, entry) for name, entry in listed)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return manifest if valid else None
+
+
+def _is_file_entry(name: str, entry: Any) -> bool:
+    """Whether a manifest's line can be true of some file."""
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("sha256"), str)
+        and isinstance(entry.get("bytes"), int)
+        and "\0" not in name
+        and all(len(part.encode("utf-8", "replace")) <= LONGEST_NAME for part in name.split("/"))
+        and len(name) <= LONGEST_PATH
+    )
 
 
 def _copy_models(folder: Path, recipe: Recipe, artifacts: Mapping[str, Artifact]) -> dict[str, Artifact]:
@@ -254,6 +286,36 @@ def _modelfile(model_dir: Path, gguf: str) -> str:
         tokenizer = load_tokenizer(model_dir)
         conversation = conversation_template(tokenizer, ends if isinstance(ends, list) else [ends])
     return modelfile(gguf, conversation, int(config.get("max_position_embeddings", LONGEST_CONTEXT)))
+
+
+@contextlib.contextmanager
+def _only_one(root: Path, store: Store) -> Iterator[None]:
+    """Waits until no other run of this user lays this release out."""
+    name = hashlib.sha256(str(root).encode()).hexdigest()[:16]
+    path = Path(tempfile.gettempdir()) / f"martlet-release-{os.getuid()}-{name}.lock"
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            store.report(f"waiting: another run is laying out {root}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _unfinished(root: Path) -> str:
+    """What the name of the folder beside a release begins with in which the next one is made."""
+    return f".{root.name}.martlet-"
+
+
+def _clear_leftovers(root: Path) -> None:
+    """Removes what killed runs left beside a release. Where one was killed between taking the name from the
+    earlier release and giving it to its own, the earlier one gets it back."""
+    folders = list(root.parent.iterdir()) if root.parent.is_dir() else []
+    for folder in folders:
+        if folder.name.startswith(_unfinished(root)) and folder.is_dir():
+            if (folder / "previous").exists() and not root.exists():
+                (folder / "previous").rename(root)
+            shutil.rmtree(folder)
 
 
 def _swap_in(folder: Path, root: Path, previous: Path) -> None:

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import yaml
 
 from pipeline.artifacts import sha256_of_file
-from pipeline.errors import UserError
+from pipeline.errors import UserError, hub_error
 
 TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 CHAT_SUFFIXES = (".jsonl", ".parquet")
@@ -190,8 +190,9 @@ def _records(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Any]]
                     yield f"{path}, record {number}", row
         except FileNotFoundError:
             raise UserError(f"{path}: no such file.") from None
-        except (OSError, pyarrow.ArrowException) as error:
-            raise UserError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]}).") from None
+        except (OSError, pyarrow.ArrowException, ValueError, OverflowError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{path}: cannot be read as Parquet ({reason}).") from None
     elif path.suffix == ".jsonl":
         number = 0
         try:
@@ -237,7 +238,7 @@ def _dataset(name: str, seed: int) -> Iterator[Any]:
             yield row
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"dataset:{name}: cannot be loaded ({reason}).") from error
+        raise hub_error(f"dataset:{name}: cannot be loaded ({reason}).", error) from error
     if empty:
         raise UserError(f"dataset:{name}: holds no rows in its split `train`.")
 

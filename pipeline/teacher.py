@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from export.errors import ExportError
 from export.llama_cpp_runtime import LlamaCppRuntime
-from export.untrusted import check_chat_template, check_gguf_header, check_model_folder
+from export.untrusted import check_chat_template, check_gguf, check_model_folder
 from pipeline.artifacts import Artifact, Store, sha256_of_file, write_json
 from pipeline.conversations import fixed_conversations
-from pipeline.errors import UserError
+from pipeline.errors import UserError, hub_error
 from pipeline.models import load_model, load_tokenizer, save_model
 from pipeline.recipe import Recipe, Teacher
 from pipeline.sources import packaged_file
@@ -57,7 +57,7 @@ def run(store: Store, recipe: Recipe) -> Artifact:
     }
     gguf = packaged_gguf(section.model)
     if gguf is not None:
-        trusted_data(check_gguf_header, gguf)
+        trusted_data(check_gguf, gguf)
         source["files"] = {gguf.name: sha256_of_file(gguf)}
     else:
         folder = _local_folder(recipe)
@@ -137,9 +137,8 @@ def _local_folder(recipe: Recipe) -> Path:
         )
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"teacher.model: {section.model} is neither a local folder nor to be had from the hub ({reason})."
-        ) from error
+        sentence = f"{section.model} is neither a local folder nor to be had from the hub ({reason})."
+        raise hub_error(f"teacher.model: {sentence}", error) from error
 
 
 def _check_files(names: Iterable[str], model: str) -> None:

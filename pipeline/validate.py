@@ -1,7 +1,9 @@
 """Gates: is every exported file still the model?"""
 
+import errno
 import json
 import math
+import os
 import shutil
 import signal
 import sys
@@ -15,7 +17,7 @@ from safetensors import safe_open
 from export.errors import ExportError
 from export.gguf import quantize_gguf
 from export.processes import run_logged
-from pipeline.artifacts import Artifact, Store, write_json
+from pipeline.artifacts import Artifact, Store, memory_ran_out, space_ran_out, write_json
 from pipeline.chat_template import render_with_mask
 from pipeline.conversations import held_out_prompts
 from pipeline.errors import GateFailed, UserError
@@ -29,6 +31,7 @@ VERSION = 4
 REFERENCE_VERSION = 2
 HELD_OUT_CHATS = 8
 ANSWERS = "unquantized-answers"
+ENDED_FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 NOT_MEASURED: dict[str, Any] = dict.fromkeys(
     (
@@ -74,7 +77,11 @@ def run(
 
     def make(output: Path, work: Path) -> None:
         reference = reference_logits(store, recipe, instruct, text, chats)
-        common = {"reference": str(reference.path), "threads": recipe.threads}
+        common = {
+            "reference": str(reference.path),
+            "threads": recipe.threads,
+            "timeout_s": recipe.validate_.timeout_s,
+        }
         parameters = weights_of(instruct.path / "model")
         format = exported.stage.removeprefix("export_")
         before = _run_unquantized(store, recipe, instruct, exported, format, common, work)
@@ -116,10 +123,12 @@ def run(
             )
         write_json(output / "fidelity.json", results)
 
+    gates = recipe.slice("validate")["validate"]
     return store.get_or_make(
         f"{STAGE}_{exported.stage.removeprefix('export_')}",
         VERSION,
-        recipe.slice("validate"),
+        # How long it may take changes no result.
+        {"validate": {key: value for key, value in gates.items() if key != "timeout_s"}},
         {"instruct": instruct, "exported": exported, "text": text, "chats": chats},
         make,
     )
@@ -138,7 +147,13 @@ def reference_logits(
         store.report("validate: running the model in torch for reference")
         rows = evaluation_rows(recipe, instruct, text, chats)
         model = str(instruct.path / "model")
-        request = {"model": model, "rows": rows, "reference": str(output), "threads": recipe.threads}
+        request = {
+            "model": model,
+            "rows": rows,
+            "reference": str(output),
+            "threads": recipe.threads,
+            "timeout_s": recipe.validate_.timeout_s,
+        }
         problem, _ = _worker(request, work, store, "validate reference")
         if problem is not None:
             raise UserError(f"{model}: the model cannot be run in torch ({problem}).")
@@ -206,6 +221,7 @@ def _run_unquantized(
     try:
         file = unquantized(store, recipe, instruct, exported, format, work / "unquantized")
     except ExportError as error:
+        _raise_if_not_the_files_fault(str(error), work)
         store.report(f"validate: no {UNQUANTIZED[format]} file to compare with ({error})")
         return {}
     problem, result = _worker(
@@ -347,7 +363,7 @@ def _worker(
     """Runs ``pipeline.validate_worker``: (what went wrong or None, its result).
 
     Raises:
-        UserError: the process was ended from outside, which says nothing of the file.
+        UserError: the process took too long or was ended from outside, which says nothing of the file.
     """
     request_file, result_file = folder / "request.json", folder / "result.json"
     result_file.unlink(missing_ok=True)
@@ -358,12 +374,36 @@ def _worker(
     )
     if finished.returncode == 0:
         return None, json.loads(result_file.read_text(encoding="utf-8")) if result_file.exists() else {}
-    if finished.returncode in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT):
+    name = Path(request.get("file", request.get("model", ""))).name
+    if finished.returncode == -signal.SIGALRM:
+        raise UserError(
+            f"{name}: its gates took longer than validate.timeout_s, {request['timeout_s']:g} s; raise it, "
+            "or lower validate.tokens."
+        )
+    if -finished.returncode in ENDED_FROM_OUTSIDE:
         # A stored result would be believed by every later run.
         raise UserError(
-            f"{Path(request.get('file', request.get('model', ''))).name}: the process that measures it was "
-            f"ended from outside by {signal.Signals(-finished.returncode).name} (by the kernel, where memory "
-            "is short); start the same command again."
+            f"{name}: the process that measures it was ended from outside by "
+            f"{signal.Signals(-finished.returncode).name} (by the kernel, where memory is short); start the "
+            "same command again."
         )
+    _raise_if_not_the_files_fault(finished.output, folder)
     store.report(f"{label}: {finished.shown()}")
     return finished.reason(), {}
+
+
+def _raise_if_not_the_files_fault(said: str, folder: Path) -> None:
+    """A failure for lack of space or memory, or by a signal from outside, says nothing of the file, and a
+    stored result would be believed by every later run.
+
+    Raises:
+        OSError: the disk is full.
+        MemoryError: memory ran out.
+        UserError: the process was ended from outside.
+    """
+    if space_ran_out(folder, said):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+    if memory_ran_out(said):
+        raise MemoryError(said.rstrip().rpartition("\n")[2])
+    if any(f"ended by {number.name}" in said for number in ENDED_FROM_OUTSIDE):
+        raise UserError(f"validate: {said} Start the same command again.")

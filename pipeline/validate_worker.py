@@ -4,6 +4,7 @@ Usage: python -m pipeline.validate_worker REQUEST.json RESULT.json
 """
 
 import json
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -298,12 +299,15 @@ def _leading(ids: list[int], bos_token_id: int | None) -> int:
 
 
 def main() -> int:
-    """Reads the request {reference, threads} and one of {model, rows}, {file, answers} (an unquantized file,
-    which writes its logits to that folder), {file, logits_only: true}, or {file, prompts, unquantized} (a
-    folder of such logits, or null); writes the result of ``judge`` and, as ``said``, the file's ``answers``.
-    Exit code 2 and a sentence on stderr if the file fails to run."""
+    """Reads the request {reference, threads, timeout_s} and one of {model, rows}, {file, answers} (an
+    unquantized file, which writes its logits to that folder), {file, logits_only: true}, or {file, prompts,
+    unquantized} (a folder of such logits, or null); writes the result of ``judge`` and, as ``said``, the
+    file's ``answers``. Exit code 2 and a sentence on stderr if the file fails to run."""
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     folder = Path(request["reference"])
+    # A library that hangs hears no exception; the signal's default ends the process.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, request["timeout_s"])
     try:
         if "model" in request:
             reference_answers(Path(request["model"]), request["rows"], request["threads"], folder)

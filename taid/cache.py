@@ -27,6 +27,8 @@ from taid.errors import TaidError
 
 SHARD_BYTES = 64 * 1024**2
 """About how large a shard is: what a killed run loses at most."""
+LONGEST_NAME = 64
+"""Characters of a file's name in a cache."""
 
 
 class BlockCache:
@@ -59,9 +61,19 @@ class BlockCache:
         try:
             self.shape = tuple(int(size) for size in self.meta["shape"])
             files = [(str(file["name"]), int(file["rows"]), file["sha256"]) for file in self.meta["shards"]]
-            digests: dict[str, str] = self.meta["files_sha256"]
-        except (KeyError, ValueError, TypeError) as error:
+            digests: dict[str, str] = dict(self.meta["files_sha256"])
+        except (KeyError, ValueError, TypeError, OverflowError) as error:
             raise self.incomplete(error) from None
+        for name in [*digests, *(name for name, _, _ in files)]:
+            if (
+                not isinstance(name, str)
+                or Path(name).name != name
+                or "\0" in name
+                or len(name) > LONGEST_NAME
+            ):
+                raise TaidError(
+                    f"{self.folder / 'cache.json'}: names {str(name)[:80]!r}, no file of its folder."
+                )
         if verify:
             for name, digest in digests.items():
                 _check_digest(self.folder / name, digest)
@@ -304,7 +316,7 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise TaidError(f"{path}: is missing; {remedy}.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TaidError(f"{path}: cannot be read ({error}); {remedy}.") from None
     if not isinstance(value, dict):
         raise TaidError(f"{path}: holds no mapping; {remedy}.")

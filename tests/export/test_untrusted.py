@@ -16,7 +16,14 @@ from hypothesis import strategies as st
 
 from export import untrusted
 from export.errors import ExportError
-from export.untrusted import check_chat_template, check_gguf_header, check_model_folder, read_json
+from export.untrusted import (
+    check_chat_template,
+    check_gguf,
+    check_gguf_header,
+    check_model_folder,
+    check_tensor_cache,
+    read_json,
+)
 
 
 @pytest.fixture
@@ -93,6 +100,80 @@ def test_folders(folder: Path, harm: Callable[[Path], Any], in_sentence: str) ->
     harm(folder)
     with pytest.raises(ExportError, match=in_sentence):
         check_model_folder(folder)
+
+
+SPY = "{{ messages.__class__.__mro__ }}"
+
+
+@pytest.mark.parametrize(
+    ("place", "write"),
+    [
+        ("chat_template.jinja", lambda p: p.write_text(SPY)),
+        ("tokenizer_config.json", lambda p: edit(p, chat_template=SPY)),
+        ("tokenizer_config.json", lambda p: edit(p, chat_template=[{"name": "x", "template": SPY}])),
+        ("chat_template.json", lambda p: p.write_text(json.dumps({"chat_template": SPY}))),
+        ("additional_chat_templates/x.jinja", lambda p: p.write_text(SPY)),
+    ],
+)
+def test_templates_of_folders_are_found_wherever_they_stand(
+    folder: Path, place: str, write: Callable[[Path], Any]
+) -> None:
+    (folder / place).parent.mkdir(exist_ok=True)
+    write(folder / place)
+    with pytest.raises(ExportError, match=rf"{place}: the chat template is refused .*sandbox forbids"):
+        check_model_folder(folder)
+
+
+def test_the_template_of_a_gguf_is_checked(gguf: Path, tmp_path: Path) -> None:
+    check_gguf(gguf)
+    path = tmp_path / "spy.gguf"
+    writer = GGUFWriter(path, "llama")
+    writer.add_chat_template([{"name": "default", "template": HONEST}, {"name": "tools", "template": SPY}])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert check_gguf_header(path) == [SPY, HONEST] or check_gguf_header(path) == [HONEST, SPY]
+    with pytest.raises(ExportError, match=r"spy\.gguf: the chat template is refused .*sandbox forbids"):
+        check_gguf(path)
+
+
+RECORD = {
+    "name": "a",
+    "shape": [4, 4],
+    "dtype": "float32",
+    "format": "f32-to-bf16",
+    "nbytes": 32,
+    "byteOffset": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("shard", "record", "in_sentence"),
+    [
+        ({"dataPath": "../shard.bin"}, {}, r"names '\.\./shard\.bin', which is no file of this folder"),
+        ({"dataPath": "/etc/passwd"}, {}, "names '/etc/passwd', which is no file of this folder"),
+        ({"dataPath": "missing.bin"}, {}, "names 'missing.bin', which is no file of this folder"),
+        ({"records": None}, {}, "is no index of MLC's weights"),
+        ({}, {"byteOffset": 65}, "the tensor 'a' does not fit its shape or shard.bin"),
+        ({}, {"byteOffset": -32}, "the tensor 'a' does not fit its shape"),
+        ({}, {"shape": [2**40, 2**40]}, "the tensor 'a' does not fit its shape"),
+        ({}, {"shape": [4, "4"]}, "the tensor 'a' does not fit its shape"),
+        ({}, {"format": "raw"}, "the tensor 'a' does not fit its shape"),
+        ({}, {"format": "raw", "dtype": "object"}, "the tensor 'a' does not fit its shape"),
+    ],
+)
+def test_tensor_caches_that_lie(tmp_path: Path, shard: Any, record: Any, in_sentence: str) -> None:
+    (tmp_path / "shard.bin").write_bytes(bytes(96))
+    path = tmp_path / "tensor-cache.json"
+    sound = {"dataPath": "shard.bin", "nbytes": 96, "records": [RECORD]}
+    path.write_text(json.dumps({"records": [sound]}))
+    check_tensor_cache(path)
+    path.write_text(json.dumps({"records": [sound | {"records": [RECORD | record]} | shard]}))
+    with pytest.raises(ExportError, match=in_sentence):
+        check_tensor_cache(path)
+    with pytest.raises(ExportError, match=in_sentence):
+        check_model_folder(tmp_path)
 
 
 def index(folder: Path, names: Any) -> None:

@@ -1,13 +1,17 @@
 """A Prefect server, and the command line called as a user calls it."""
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from shipping import Run
 
 from flows.command_line import main
+
+ROOT = Path(__file__).parents[2]
 
 # What the command line sets for its own process; here Prefect is imported before that.
 os.environ.update(
@@ -51,3 +55,34 @@ def martlet(
         return int(exit_.value.code or 0), captured.out, captured.err
 
     return call
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    """Starts ``martlet ship RECIPE`` with store and release in the test's folder."""
+    started: list[Run] = []
+
+    def go(
+        recipe: Path,
+        store: Path = tmp_path / "store",
+        release: Path = tmp_path / "release",
+        **environment: str,
+    ) -> Run:
+        alone = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "flows.command_line", "ship", str(recipe)]
+        process = subprocess.Popen(
+            [*command, "--store", str(store), "--release", str(release), "--json"],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, **alone, **environment},
+        )
+        started.append(Run(process))
+        return started[-1]
+
+    yield go
+    for run in started:
+        run.process.kill()
+        run.process.wait()

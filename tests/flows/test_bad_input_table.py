@@ -81,6 +81,7 @@ TABLE = (
         "seed: input should be a valid integer, unable to parse string as an integer, not 'three'.",
     ),
     key("seed", -1, "seed: input should be greater than or equal to 0, not -1."),
+    key("seed", 2**32, "seed: input should be less than 4294967296, not 4294967296."),
     key("seed", 1.5, "seed: input should be a valid integer, got a number with a fractional part, not 1.5."),
     key("threads", 0, "threads: input should be greater than or equal to 1, not 0."),
     key(
@@ -133,6 +134,17 @@ TABLE = (
     key("data.text.sources", [], "data.text.sources: list should have at least 1 item, not []."),
     key("data.text.sources", "text.txt", "data.text.sources: input should be a valid list, not 'text.txt'."),
     key("data.text.sources", ["nowhere.txt"], "data.text.sources: {here}/nowhere.txt: no such file."),
+    key(
+        "data.text.sources",
+        ["x" * 300 + ".txt"],
+        "data.text.sources: 'xxx...xxx.txt' is no path (File name too long).",
+    ),
+    key("data.text.sources", ["a\0b"], "data.text.sources: 'a\\x00b' is no path (...embedded null ...)."),
+    key(
+        "teacher.model",
+        "~nobody-of-this-name/model",
+        "teacher.model: '~nobody-of-this-name/model' is no path (Could not determine home directory).",
+    ),
     key("data.text.sources", [1], "data.text.sources.0: input should be a valid string, not 1."),
     key(
         "data.text.train_tokens",
@@ -327,6 +339,27 @@ TABLE = (
         recipe="name: *missing",
     ),
     Case("{here}/recipe.yaml: not valid YAML (nested too deeply); mend the syntax.", recipe="[" * 5000),
+    *(
+        Case(
+            "{here}/recipe.yaml: not valid YAML (a value is none of its type); mend the syntax.", recipe=text
+        )
+        for text in ("seed: !!int x", "seed: " + "1" * 5000, "name: 2020-13-45", "name: !!bool x")
+    ),
+    # Each merges or names the one before it twice: sixty steps that no memory holds written out.
+    Case(
+        "{here}/recipe.yaml, line 1: not valid YAML (a mapping has more than 10000 keys); mend the syntax.",
+        recipe="name: [&a0 {k: 1}"
+        + "".join(f", &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}" for n in range(1, 60))
+        + "]",
+    ),
+    Case(
+        "{here}/recipe.yaml: name: input should be a valid string, not [['x'], ....",
+        recipe="name: [&a0 [x]" + "".join(f", &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 60)) + "]",
+    ),
+    Case(
+        "{here}/recipe.yaml: is longer than 1048576 characters; a recipe has some thousand.",
+        recipe="#" * 2**20 + "\n",
+    ),
     Case(
         "{here}/recipe.yaml: not valid YAML (special characters are not allowed); mend the syntax.",
         recipe="name: \x00",
@@ -343,7 +376,8 @@ TABLE = (
     ),
     line("fly", "No such command 'fly'" + HELP),
     line("check --fast", "No such option: --fast" + HELP),
-    line("ship a b", "Got unexpected extra argument(s) (b)" + HELP),
+    line("ship a b", "a: no such recipe; give the path of a YAML file."),
+    line("compare-releases {here}", "There is nothing to compare; give two releases or more."),
     line("ship --store", "Option '--store' requires an argument" + HELP),
     line("export", "Missing argument 'model'" + HELP),
     line("export model", "Missing option '--output'" + HELP),

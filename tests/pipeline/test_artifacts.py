@@ -6,10 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
 
+from export.errors import ExportError
 from pipeline.artifacts import MANIFEST, Store, damage
 from pipeline.errors import UserError
 
@@ -170,3 +177,62 @@ def test_full_disk_is_one_sentence_and_nothing_half_written(store: Store) -> Non
     with pytest.raises(UserError, match="no space is left on the disk while greet wrote its result"):
         store.get_or_make("greet", 1, {}, {}, fill)
     assert not list((store.root / "greet").glob("*.partial"))
+
+
+def numpy_says(output: Path) -> None:
+    np.save(output / "x.npy", np.zeros(1 << 20))
+
+
+def safetensors_says(output: Path) -> None:
+    save_file({"x": torch.zeros(1 << 20)}, output / "x.safetensors")
+
+
+def torch_says(output: Path) -> None:
+    torch.save(torch.zeros(1 << 20), output / "x.pt")
+
+
+def tokenizers_says(output: Path) -> None:
+    Tokenizer(models.BPE({f"{n:09}": n for n in range(100_000)}, [])).save(str(output / "tokenizer.json"))
+
+
+def a_process_says(output: Path) -> None:
+    raise ExportError("x.gguf: cannot be written (OSError: [Errno 28] No space left on device).")
+
+
+def nobody_says(output: Path) -> None:
+    """As a process that could not even write its log."""
+    try:
+        (output / "x").write_bytes(bytes(1 << 23))
+    except OSError:
+        raise RuntimeError("failed") from None
+
+
+@pytest.mark.parametrize(
+    "write",
+    [numpy_says, safetensors_says, torch_says, tokenizers_says, a_process_says, nobody_says],
+    ids=lambda write: write.__name__,
+)
+def test_a_full_disk_is_told_whatever_a_library_makes_of_it(
+    tmp_path: Path, write: Callable[[Path], None]
+) -> None:
+    """A real file system of 1 MiB; each library wraps the system's error in its own way."""
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("a small file system can be mounted only as root, where mounting is allowed")
+    try:
+        store = Store(tmp_path / "store", report=lambda line: None)
+        with pytest.raises(UserError, match="no space is left on the disk while greet wrote its result"):
+            store.get_or_make("greet", 1, {}, {}, lambda output, work: write(output))
+        assert not list((store.root / "greet").glob("*.partial"))
+        assert store.get_or_make("greet", 1, {}, {}, write_greeting).path.is_dir()
+    finally:
+        subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("allocate", [lambda: torch.empty(2**45), lambda: np.empty(2**45)])
+def test_memory_that_is_not_there_is_told(store: Store, allocate: Callable[[], Any]) -> None:
+    def make(output: Path, work: Path) -> None:
+        allocate()
+
+    with pytest.raises(UserError, match=r"greet: there is not enough memory; free some"):
+        store.get_or_make("greet", 1, {}, {}, make)

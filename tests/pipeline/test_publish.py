@@ -13,7 +13,7 @@ import pytest
 from release_artifacts import edit_json, example_artifacts, example_recipe, example_stage_times
 
 from pipeline import publish, release
-from pipeline.artifacts import Store
+from pipeline.artifacts import Store, with_own_digest
 from pipeline.errors import GateFailed, UserError
 
 SECRET = "hf_notToBeSeenAnywhere"
@@ -221,6 +221,7 @@ def test_a_report_of_a_failed_gate_is_not_published(released: Path) -> None:
     edit_json(report, lambda facts: facts["fidelity"][0].update(passed=False))
     entry = {"sha256": hashlib.sha256(report.read_bytes()).hexdigest(), "bytes": report.stat().st_size}
     edit_json(released / "manifest.json", lambda value: value["files"]["report.json"].update(entry))
+    edit_json(released / "manifest.json", lambda value: value.update(with_own_digest(value)))
     with pytest.raises(
         GateFailed, match=r"martlet-99m-instruct-f16\.gguf failed a gate; nothing was published"
     ):

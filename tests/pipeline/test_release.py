@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from release_artifacts import edit_json, example_artifacts, example_recipe, example_stage_times
 
 from pipeline import provenance, release
-from pipeline.artifacts import Artifact, Store, damage
+from pipeline.artifacts import OWN_DIGEST, Artifact, Store, damage, is_as_written
 from pipeline.errors import UserError
 from pipeline.inventory import entries
 from pipeline.recipe import Recipe
@@ -154,6 +154,8 @@ def test_other_times_change_the_reports_and_nothing_else(made: Made, released: P
     assert differing == {"report.json", "report.html", "manifest.json"}
     manifests = [manifest_of(root) for root in (released, other)]
     for manifest in manifests:
+        assert is_as_written(manifest, release.KEYS)
+        del manifest[OWN_DIGEST]
         for name in ("report.json", "report.html"):
             del manifest["files"][name]
     assert manifests[0] == manifests[1]
@@ -244,6 +246,28 @@ def test_a_failed_swap_puts_the_old_release_back(tmp_path: Path) -> None:
         release._swap_in(tmp_path / "missing", root, previous)
     assert (root / "old").exists()
     assert not previous.exists()
+
+
+@pytest.mark.parametrize("stage", ["before", "between", "after"])
+def test_what_a_killed_run_left_is_cleared(made: Made, tmp_path: Path, stage: str) -> None:
+    """Killed before it took the name, between taking and giving it, and after: nothing stays, and whoever had
+    the name keeps it while there is no new one."""
+    root = made.release(tmp_path / "release")
+    before = contents(root)
+    left = tmp_path / f"{release._unfinished(root)}abcd1234"
+    (left / "release").mkdir(parents=True)
+    (left / "release" / "half").touch()
+    if stage == "between":
+        root.rename(left / "previous")
+    if stage == "after":
+        (left / "previous").mkdir()
+    innocent = tmp_path / ".release-notes"
+    innocent.mkdir()
+    made.lines.clear()
+    made.release(root)
+    assert made.lines == [f"release: {root} is up to date"]
+    assert contents(root) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".release-notes", "release"]
 
 
 def test_an_artifact_damaged_after_its_verification_is_not_released(tmp_path: Path) -> None:

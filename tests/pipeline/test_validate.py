@@ -185,6 +185,17 @@ def test_a_reference_that_cannot_be_run_is_a_user_error(inputs: Any) -> None:
         run(broken, recipe())
 
 
+def test_a_time_limit_is_told_and_judges_nothing(inputs: Any) -> None:
+    wanted = recipe(q8_0={"mean_kl": 0.2})
+    hurried = wanted.model_copy(update={"validate_": wanted.validate_.model_copy(update={"timeout_s": 0.01})})
+    with pytest.raises(UserError, match=r"its gates took longer than validate\.timeout_s, 0\.01 s; raise it"):
+        run(inputs, hurried)
+    artifact, entries = run(inputs, wanted)
+    assert not artifact.cached
+    assert all(entry["passed"] for entry in entries)
+    assert run(inputs, hurried)[0].cached, "the limit is no part of the result"
+
+
 @pytest.fixture(scope="module")
 def itself(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The model judged by itself."""
