@@ -48,7 +48,7 @@ page: $(PAGE)
 # constraints.txt is the whole lock, so nothing is left for pip to resolve: --no-deps, then a check that the
 # lock is complete. llama-cpp-python compiles llama.cpp, here without the parts that martlet never loads.
 $(ENVIRONMENT): export LLAMA_CPP_LEAN = -DLLAVA_BUILD=OFF '-DCMAKE_PROJECT_llama.cpp_INCLUDE=$(CURDIR)/.ci/lean_llama_cpp.cmake'
-$(ENVIRONMENT): pyproject.toml constraints.txt .ci/lean_llama_cpp.cmake export/converter.py
+$(ENVIRONMENT): pyproject.toml constraints.txt $(LOCK) .ci/lean_llama_cpp.cmake export/converter.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "martlet: needs Python 3.11 or later; set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	CMAKE_ARGS="$$CMAKE_ARGS $$LLAMA_CPP_LEAN" $(BIN)/pip install --disable-pip-version-check --no-deps --requirement $(LOCK)

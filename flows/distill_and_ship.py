@@ -19,6 +19,7 @@ from flows.interrupts import ending_children
 from pipeline import (
     bench,
     chats,
+    compare_releases,
     distill,
     exports,
     hidden_states,
@@ -33,12 +34,15 @@ from pipeline import (
 from pipeline import release as release_stage
 from pipeline.artifacts import Artifact, Store
 from pipeline.check import check_recipe
-from pipeline.errors import UserError
+from pipeline.errors import GateFailed, Unreachable, UserError
 from pipeline.recipe import Recipe, load_recipe
 
 FLOW_NAME = "distill-and-ship"
 DEFAULT_RECIPE = "recipes/smollm2-135m-to-99m.yaml"
-
+RETRY_SECONDS = (10, 60)
+"""How long a stage waits before it asks a hub again, each time."""
+BENCHMARK = "benchmark"
+"""Tag of the tasks that measure; a concurrency limit of a Prefect server may name it."""
 
 logger = logging.getLogger("martlet")
 """Progress, one line at a time, which the command line shows on standard error. A record's ``stage`` names
@@ -51,8 +55,8 @@ speaking: ContextVar[str] = ContextVar("speaking", default="")
 def stage(function: Callable[..., Any], name: str, report: Callable[..., None]) -> Any:
     """A stage as a Prefect task that tells when it starts and what it took.
 
-    The store decides what is computed again, so Prefect caches nothing; and a stage fails on bad input or a
-    missed gate, which no retry would mend.
+    The store decides what is computed again, so Prefect caches nothing. A stage is tried again only where a
+    hub did not answer: bad input and a missed gate stay what they are.
     """
 
     @functools.wraps(function)
@@ -66,10 +70,28 @@ def stage(function: Callable[..., Any], name: str, report: Callable[..., None]) 
             how = "from the store" if cached else f"{time.monotonic() - started:.1f} s"
             report(f"{name}: done, {how}", state="cached" if cached else "done")
             return result
+        except Unreachable as error:
+            tried = runtime.task_run.run_count or 1
+            if tried <= len(RETRY_SECONDS):
+                report(f"waiting: {error} It is tried again in {RETRY_SECONDS[tried - 1]} s.")
+            raise
         finally:
             speaking.reset(token)
 
-    return task(name=name, cache_policy=NO_CACHE, retries=0, persist_result=False)(told)
+    return task(
+        name=name,
+        tags=[BENCHMARK] if name.startswith("bench ") else [],
+        cache_policy=NO_CACHE,
+        retries=len(RETRY_SECONDS),
+        retry_delay_seconds=list(RETRY_SECONDS),
+        retry_condition_fn=trying_again_may_help,
+        persist_result=False,
+    )(told)
+
+
+def trying_again_may_help(task: Any, task_run: Any, state: Any) -> bool:
+    """Whether a stage failed because a hub did not answer."""
+    return isinstance(state.data, Unreachable)
 
 
 def stage_names(plan: Recipe) -> list[str]:
@@ -89,13 +111,16 @@ def stage_names(plan: Recipe) -> list[str]:
 
 
 def run_name() -> str:
-    """Name of a flow run: recipe and student."""
-    path = Path(runtime.flow_run.parameters["recipe"])
-    try:
-        return f"{path.stem}: {load_recipe(path).name}"
-    except UserError:
-        # The flow itself says what is wrong with the recipe.
-        return path.stem
+    """Name of a flow run: recipe and student, of each recipe."""
+    names = []
+    parameters = runtime.flow_run.parameters
+    for path in map(Path, parameters.get("recipes") or [parameters["recipe"]]):
+        try:
+            names.append(f"{path.stem}: {load_recipe(path).name}")
+        except UserError:
+            # The flow itself says what is wrong with the recipe.
+            names.append(path.stem)
+    return ", ".join(names)
 
 
 @flow(
@@ -106,23 +131,62 @@ def run_name() -> str:
 )
 @ending_children()
 def distill_and_ship(
-    recipe: str = DEFAULT_RECIPE, store: str = "store", release: str = "release"
+    recipe: str = DEFAULT_RECIPE,
+    store: str = "store",
+    release: str = "release",
+    recipes: list[str] | None = None,
 ) -> dict[str, Any]:
-    """Distils, tunes, exports, proves, measures and lays out a release.
+    """Distils, tunes, exports, proves, measures and lays out a release; of several recipes one after the
+    other.
 
     Args:
         recipe: path of the recipe, a YAML file.
         store: folder of finished stages; nothing in it is computed twice.
         release: where the release is laid out.
+        recipes: paths of several recipes, in place of ``recipe``. Each release is laid out in a folder of
+            ``release`` named like its recipe says, and ``release/comparison`` compares them.
 
     Returns:
         ``{"release": path, "stages": [{"name", "seconds", "cached"}], "files": [{"file", "bytes", "mean_kl",
-        "decode_tokens_per_s"}]}``.
+        "decode_tokens_per_s"}]}``; of several recipes ``{"releases": [such values], "comparison": path of the
+        page or None}``.
 
     Raises:
         UserError: the recipe or something that it names is wrong.
         GateFailed: an exported file is no longer the model.
     """
+    if not recipes:
+        return ship(Path(recipe), Path(store), Path(release))
+    paths = [Path(each) for each in recipes]
+    plans = [load_recipe(path) for path in paths]
+    for plan, path in zip(plans, paths, strict=True):
+        check_recipe(plan, path)
+    if len({plan.name for plan in plans}) < len(plans):
+        raise UserError(f"{paths[0].parent}: two of the recipes have the same name; give each its own.")
+    if (Path(release) / release_stage.MANIFEST).exists():
+        raise UserError(f"{release}: is the release of one recipe; give another folder for several.")
+    # One at a time: memory is what one of them needs, and what they have in common is computed once.
+    done, failures = [], []
+    for plan, path in zip(plans, paths, strict=True):
+        try:
+            done.append(ship(path, Path(store), Path(release) / plan.name))
+        except (UserError, GateFailed) as error:
+            failures.append(error)
+            logger.warning(f"warning: {path}: {error}", extra={"stage": "", "state": None})
+    comparison = None
+    if len(done) > 1:
+        facts = compare_releases.run(*(Path(each["release"]) for each in done))
+        comparison = str(compare_releases.write(facts, Path(release).resolve() / "comparison")[1])
+        create_markdown_artifact(key="comparison", markdown=f"[Comparison]({Path(comparison).as_uri()})")
+    if failures:
+        more = f" ({len(failures)} of {len(plans)} recipes failed.)"
+        raise type(failures[0])(f"{failures[0]}{more if len(plans) > 1 else ''}")
+    return {"releases": done, "comparison": comparison}
+
+
+def ship(recipe: Path, store: Path, release: Path) -> dict[str, Any]:
+    """One recipe from teacher to release folder, in the flow run that this is called in; see
+    ``distill_and_ship``."""
     run_logger = get_run_logger()
 
     def report(line: str, state: str | None = None) -> None:
@@ -132,9 +196,9 @@ def distill_and_ship(
     def step(function: Callable[..., Any], name: str) -> Any:
         return stage(function, name, report)
 
-    plan = load_recipe(Path(recipe))
-    check_recipe(plan, Path(recipe))
-    shelf = Store(Path(store), report=report)
+    plan = load_recipe(recipe)
+    check_recipe(plan, recipe)
+    shelf = Store(store, report=report)
     made: dict[str, Artifact] = {}
 
     made["teacher"] = step(teacher.run, "teacher")(shelf, plan)
@@ -185,7 +249,7 @@ def distill_and_ship(
         for name, artifact in made.items()
     ]
     folder = step(release_stage.run, "release")(
-        recipe=plan, artifacts=made, release_root=Path(release), store=shelf, stage_times=stages
+        recipe=plan, artifacts=made, release_root=release, store=shelf, stage_times=stages
     )
     create_markdown_artifact(
         key="release",

@@ -1,4 +1,4 @@
-"""Two releases side by side: what differs in recipe and inputs, quality, size and speed."""
+"""Releases side by side: what differs in recipe and inputs, quality, size and speed."""
 
 import json
 from pathlib import Path
@@ -9,12 +9,15 @@ from markupsafe import Markup
 
 from pipeline.artifacts import write_json
 from pipeline.errors import UserError
-from pipeline.report import BLUE, ORANGE, SCHEMA, SMALLEST_KL, page_environment, svg
+from pipeline.report import BLUE, ORANGE, SCHEMA, SMALLEST_KL, TEAL, page_environment, svg
 
 COMPARISON_SCHEMA = "martlet-release-comparison-1"
 PAGE = "comparison.html"
 FACTS = "comparison.json"
 TITLE = "Mean KL to its own model against size of every file. Lower and further left is better"
+
+COLOURS, SHAPES = (BLUE, ORANGE, TEAL), ("circle", "diamond", "square", "triangle-up", "cross")
+"""Of the releases' marks, taken in turn: no two of the first fifteen have both in common."""
 
 MEASURES = {
     "parameters": "parameters",
@@ -26,26 +29,29 @@ MEASURES = {
 }
 
 
-def run(first: Path, second: Path) -> dict[str, Any]:
-    """What two releases have in common and what not.
+def run(*releases: Path) -> dict[str, Any]:
+    """What releases have in common and what not.
 
     Args:
-        first, second: release folders.
+        releases: their folders, two or more.
 
     Returns:
-        ``releases`` [{folder, name}], ``measures`` {measure: [value, value]}, ``files`` [{format,
-        quantization, bytes, mean_kl, same_top, decode_tokens_per_s: [value or None, value or None]}],
-        ``recipe`` {key: [value, value]} of keys that differ, ``results`` {role: "same" | "differs" | "only in
-        the first" | "only in the second"}, ``conversations`` [{prompt, answers: [text, text]}] of prompts
-        that both answered, ``packages`` {name: [version, version]} that differ.
+        Lists have one value for each release, in their order, None where it has none: ``releases`` [{folder,
+        name}], ``measures`` {measure: values}, ``files`` [{format, quantization, bytes, mean_kl, same_top,
+        decode_tokens_per_s: values}], ``recipe`` {key: values} of keys that differ, ``results`` {role: "same"
+        | "differs" | "only in NAME, ..."}, ``conversations`` [{prompt, answers}] of prompts that all
+        answered, ``packages`` {name: versions} that differ.
 
     Raises:
-        UserError: a folder holds no report of martlet.
+        UserError: there is only one, or a folder holds no report of martlet.
     """
-    folders = [Path(first), Path(second)]
+    folders = [Path(release) for release in releases]
+    if len(folders) < 2:
+        raise UserError("There is nothing to compare; give two releases or more.")
     reports = [_read(folder) for folder in folders]
     recipes = [_flat(report["recipe"]) for report in reports]
     lineages = [report["lineage"] for report in reports]
+    labels = _labels([str(report["name"]) for report in reports])
     talks = [{talk["prompt"]: talk["after"] for talk in report["conversations"]} for report in reports]
     return {
         "schema": COMPARISON_SCHEMA,
@@ -53,22 +59,22 @@ def run(first: Path, second: Path) -> dict[str, Any]:
             {"folder": str(folder), "name": report["name"]}
             for folder, report in zip(folders, reports, strict=True)
         ],
-        "measures": _pairs([_measures(report) for report in reports]),
+        "measures": _rows([_measures(report) for report in reports]),
         "files": _files(reports),
-        "recipe": {key: pair for key, pair in _pairs(recipes).items() if pair[0] != pair[1]},
+        "recipe": {key: values for key, values in _rows(recipes).items() if _differ(values)},
         "results": {
-            role: _relation(*(lineage.get(role, {}).get("digest") for lineage in lineages))
-            for role in _pairs(lineages)
+            role: _relation([lineage.get(role, {}).get("digest") for lineage in lineages], labels)
+            for role in _rows(lineages)
         },
         "conversations": [
             {"prompt": prompt, "answers": [talk[prompt] for talk in talks]}
             for prompt in talks[0]
-            if prompt in talks[1]
+            if all(prompt in talk for talk in talks)
         ],
         "packages": {
-            name: pair
-            for name, pair in _pairs([report["packages"] for report in reports]).items()
-            if pair[0] != pair[1]
+            name: versions
+            for name, versions in _rows([report["packages"] for report in reports]).items()
+            if _differ(versions)
         },
     }
 
@@ -94,7 +100,13 @@ def render(facts: dict[str, Any]) -> str:
     return (
         page_environment()
         .get_template("release_comparison.html.jinja")
-        .render(facts=facts, chart=_chart(facts), title=TITLE, measures=MEASURES, labels=_labels(facts))
+        .render(
+            facts=facts,
+            chart=_chart(facts),
+            title=TITLE,
+            measures=MEASURES,
+            labels=_labels([release["name"] for release in facts["releases"]]),
+        )
     )
 
 
@@ -122,7 +134,7 @@ def _measures(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def _files(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Files of the same format and quantization, in the order of the first release, then of the second."""
+    """Files of the same format and quantization, in the order of the first release, then of the others."""
     found: list[dict[tuple[str, str], dict[str, Any]]] = []
     for report in reports:
         speed = {entry["file"]: entry["decode_tokens_per_s"] for entry in report["device"]}
@@ -144,7 +156,7 @@ def _files(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "quantization": name[1],
             **{key: [files.get(name, {}).get(key) for files in found] for key in keys},
         }
-        for name in dict.fromkeys([*found[0], *found[1]])
+        for name in dict.fromkeys(name for files in found for name in files)
     ]
 
 
@@ -158,29 +170,32 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _pairs(mappings: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """{key: [value in the first, value in the second]}, None where a key is missing."""
-    return {
-        key: [mapping.get(key) for mapping in mappings] for key in dict.fromkeys([*mappings[0], *mappings[1]])
-    }
+def _rows(mappings: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """{key: [value in each mapping]}, None where a key is missing."""
+    keys = dict.fromkeys(key for mapping in mappings for key in mapping)
+    return {key: [mapping.get(key) for mapping in mappings] for key in keys}
 
 
-def _relation(first: str | None, second: str | None) -> str:
-    if first is None:
-        return "only in the second"
-    if second is None:
-        return "only in the first"
-    return "same" if first == second else "differs"
+def _differ(values: list[Any]) -> bool:
+    return any(value != values[0] for value in values)
 
 
-def _labels(facts: dict[str, Any]) -> list[str]:
-    """The releases' names, made different where they are the same."""
-    names = [str(release["name"]) for release in facts["releases"]]
-    return [f"{names[0]} (1)", f"{names[1]} (2)"] if names[0] == names[1] else names
+def _relation(digests: list[str | None], labels: list[str]) -> str:
+    if None in digests:
+        there = [label for label, digest in zip(labels, digests, strict=True) if digest is not None]
+        return f"only in {', '.join(there)}"
+    return "differs" if _differ(digests) else "same"
+
+
+def _labels(names: list[str]) -> list[str]:
+    """The releases' names, numbered where some are the same."""
+    if len(set(names)) == len(names):
+        return names
+    return [f"{name} ({number})" for number, name in enumerate(names, start=1)]
 
 
 def _chart(facts: dict[str, Any]) -> Markup | None:
-    labels = _labels(facts)
+    labels = _labels([release["name"] for release in facts["releases"]])
     values = [
         {
             "release": labels[number],
@@ -191,12 +206,14 @@ def _chart(facts: dict[str, Any]) -> Markup | None:
             "first": number == 0,
         }
         for file in facts["files"]
-        for number in (0, 1)
+        for number in range(len(labels))
         if file["bytes"][number] is not None and file["mean_kl"][number] is not None
     ]
     if not values:
         return None
     legend = altair.Legend(title=None, orient="top", labelLimit=300)
+    colours = [COLOURS[number % len(COLOURS)] for number in range(len(labels))]
+    shapes = [SHAPES[number % len(SHAPES)] for number in range(len(labels))]
     base = altair.Chart(altair.Data(values=values)).encode(
         x=altair.X(
             "megabytes:Q",
@@ -212,12 +229,8 @@ def _chart(facts: dict[str, Any]) -> Markup | None:
         ),
     )
     marks = base.mark_point(size=80, filled=True, opacity=1).encode(
-        color=altair.Color(
-            "release:N", scale=altair.Scale(domain=labels, range=[BLUE, ORANGE]), legend=legend
-        ),
-        shape=altair.Shape(
-            "release:N", scale=altair.Scale(domain=labels, range=["circle", "diamond"]), legend=legend
-        ),
+        color=altair.Color("release:N", scale=altair.Scale(domain=labels, range=colours), legend=legend),
+        shape=altair.Shape("release:N", scale=altair.Scale(domain=labels, range=shapes), legend=legend),
     )
     text = altair.Text("name:N")
     left = base.transform_filter("datum.first").mark_text(

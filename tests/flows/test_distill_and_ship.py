@@ -1,13 +1,23 @@
 """The whole flow on a tiny model: every stage real, a gate that bites, and nothing computed twice."""
 
 import json
+import os
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import anyio
+import pytest
+import yaml
+from prefect import flow
 
+from flows import distill_and_ship
 from flows.distill_and_ship import stage_names
+from pipeline.errors import GateFailed, Unreachable, UserError
 from pipeline.recipe import load_recipe
 
 
@@ -75,6 +85,170 @@ def test_an_importance_matrix_is_a_stage_of_its_own(
     with_matrix = stage_names(load_recipe(write_recipe(tiny_recipe)))
     place = without.index("export gguf")
     assert with_matrix == [*without[:place], "importance matrix", *without[place:]]
+
+
+@pytest.mark.slow
+def test_several_recipes_share_a_store_and_end_in_one_comparison(
+    martlet: Callable[..., tuple[int, str, str]],
+    prefect_server: None,
+    tiny_recipe: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    """Of three recipes one fails at a gate; the others are shipped and compared all the same."""
+    gates = tiny_recipe["validate"]["default"]
+    recipes = {
+        "first": tiny_recipe,
+        "second": tiny_recipe | {"name": "Other", "instruct": {"learning_rate": 5e-4, "batch_size": 4}},
+        "third": tiny_recipe | {"name": "Strict", "validate": {"default": {**gates, "mean_kl": 1e-12}}},
+    }
+    paths = []
+    for name, values in recipes.items():
+        paths.append(tmp_path / f"{name}.yaml")
+        paths[-1].write_text(yaml.safe_dump(values), encoding="utf-8")
+    places = ("--store", tmp_path / "store", "--release", tmp_path / "releases")
+    code, out, err = martlet("ship", paths[0], paths[2], paths[1], *places, "--json")
+    assert code == 1, err
+    sentence = err.rstrip().splitlines()[-1]
+    assert "gate mean_kl" in sentence
+    assert sentence.endswith("(1 of 3 recipes failed.)")
+    assert sorted(path.name for path in (tmp_path / "releases").iterdir()) == ["Other", "Tiny", "comparison"]
+
+    code, out, err = martlet("ship", *paths[:2], *places, "--json")
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert [Path(each["release"]).name for each in result["releases"]] == ["Tiny", "Other"]
+    assert all(stage["cached"] for each in result["releases"] for stage in each["stages"])
+    facts = json.loads((tmp_path / "releases" / "comparison" / "comparison.json").read_text(encoding="utf-8"))
+    assert facts["recipe"]["instruct.learning_rate"] == [1e-4, 5e-4]
+    assert facts["results"]["distill"] == "same"
+    assert facts["results"]["instruct"] == "differs"
+    assert Path(result["comparison"]).is_file()
+
+    code, _, err = martlet(
+        "ship", *paths[:2], "--store", tmp_path / "store", "--release", tmp_path / "releases/Tiny"
+    )
+    assert code == 2
+    assert "is the release of one recipe" in err
+    code, _, err = martlet("ship", paths[0], paths[0], *places)
+    assert code == 2
+    assert "two of the recipes have the same name" in err
+
+
+def test_a_hub_that_does_not_answer_is_asked_again(
+    prefect_server: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What may be mended by trying again is tried again, what may not is not."""
+    monkeypatch.setattr(distill_and_ship, "RETRY_SECONDS", (0, 0))
+    calls: list[str] = []
+    said: list[str] = []
+
+    def fetch(answers: list[Exception | int]) -> int:
+        calls.append("fetch")
+        answer = answers[len(calls) - 1]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def ask(*answers: Exception | int) -> int:
+        calls.clear()
+
+        @flow
+        def one_stage() -> int:
+            report = lambda line, state=None: said.append(line)  # noqa: E731
+            return int(distill_and_ship.stage(fetch, "teacher", report)(list(answers)))
+
+        return one_stage()
+
+    assert ask(Unreachable("no answer."), Unreachable("none yet."), 7) == 7
+    assert len(calls) == 3
+    assert [line for line in said if line.startswith("waiting")] == [
+        "waiting: no answer. It is tried again in 0 s.",
+        "waiting: none yet. It is tried again in 0 s.",
+    ]
+    with pytest.raises(Unreachable, match="third"):
+        ask(Unreachable("first."), Unreachable("second."), Unreachable("third."), 7)
+    for error in (UserError("wrong."), GateFailed("missed."), RuntimeError("broken")):
+        with pytest.raises(type(error)):
+            ask(error, 7)
+        assert len(calls) == 1
+
+
+HUB_SCRIPT = """
+import sys
+from pathlib import Path
+from pipeline.errors import Unreachable, UserError
+from pipeline.models import load_tokenizer
+from pipeline.recipe import Recipe
+from pipeline.teacher import _local_folder
+from pipeline.sources import documents
+values = {
+    "name": "X", "teacher": {"model": "nobody/nothing"}, "student": {"prune": {"layers": 1}},
+    "data": {"text": {"sources": ["x"], "train_tokens": 1}, "chats": {"sources": ["x"], "conversations": 1}},
+    "instruct": {},
+}
+for ask in (
+    lambda: _local_folder(Recipe.model_validate(values)),
+    lambda: load_tokenizer("nobody/nothing"),
+    lambda: list(documents("dataset:nobody/nothing", "text")),
+):
+    try:
+        ask()
+    except UserError as error:
+        print(type(error).__name__)
+"""
+
+
+@pytest.mark.parametrize(
+    ("answer", "offline", "kind"),
+    [
+        (None, "0", "Unreachable"),
+        (503, "0", "Unreachable"),
+        (404, "0", "UserError"),
+        (None, "1", "UserError"),
+    ],
+)
+def test_which_failures_of_a_hub_may_be_mended(
+    tmp_path: Path, answer: int | None, offline: str, kind: str
+) -> None:
+    """A real server that answers so, or none at all (the port is closed)."""
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(answer or 500)
+            if answer == 404:
+                self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    if answer is None:
+        server.server_close()
+    else:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        finished = subprocess.run(
+            [sys.executable, "-c", HUB_SCRIPT],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={
+                **os.environ,
+                "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+                "HF_HOME": str(tmp_path / "hub"),
+                "HF_HUB_OFFLINE": offline,
+                "PYTHONPATH": str(Path(__file__).parents[2]),
+            },
+        )
+    finally:
+        if answer is not None:
+            server.shutdown()
+            server.server_close()
+    assert finished.stdout.split() == [kind] * 3, finished.stderr
 
 
 async def what_prefect_knows() -> tuple[dict[str, Any], set[str | None]]:

@@ -1,4 +1,4 @@
-"""Two releases side by side: differences found, the page, and what is refused."""
+"""Releases side by side: differences found, the page, and what is refused."""
 
 import json
 import re
@@ -45,7 +45,7 @@ def test_differences_are_found_and_nothing_else(facts: dict[str, Any]) -> None:
     files = {(file["format"], file["quantization"]): file for file in facts["files"]}
     assert files["gguf", "q8_0"]["bytes"] == [107_000_000, 107_000_000]
     assert files["mlc", "q4f32_1"]["mean_kl"] == [0.312, None]
-    assert facts["results"]["mlc"] == "only in the first"
+    assert facts["results"]["mlc"] == "only in Martlet-99M"
     assert facts["packages"] == {}
     assert [talk["prompt"] for talk in facts["conversations"]] == ["What is rain?", "Name a colour."]
 
@@ -57,6 +57,19 @@ def test_a_release_is_the_same_as_itself(pair: tuple[Path, Path]) -> None:
     page = compare_releases.render(facts)
     assert "The recipes are the same." in page
     assert "Martlet-99M (1)" in page
+
+
+def test_three_releases_beside_each_other(pair: tuple[Path, Path]) -> None:
+    facts = compare_releases.run(*pair, pair[0])
+    assert facts["recipe"]["seed"] == [7, 8, 7]
+    assert "threads" not in facts["recipe"]
+    assert facts["results"]["mlc"] == "only in Martlet-99M (1), Martlet-99M (3)"
+    assert [file["mean_kl"] for file in facts["files"] if file["format"] == "mlc"] == [[0.312, None, 0.312]]
+    page = compare_releases.render(facts)
+    assert "<title>Martlet-99M (1) and Other (2) and Martlet-99M (3): 3 releases</title>" in page
+    assert page.count('<th scope="col">Other (2)</th>') == 6
+    with pytest.raises(UserError, match="give two releases or more"):
+        compare_releases.run(pair[0])
 
 
 def test_page_needs_nothing_but_itself(facts: dict[str, Any], tmp_path: Path) -> None:
