@@ -1,5 +1,6 @@
 """Errors that end a run, and the exit codes that scripts can rely on."""
 
+import os
 from socket import gaierror
 
 EXIT_GATE_FAILED = 1
@@ -31,7 +32,7 @@ def hub_error(sentence: str, cause: BaseException) -> UserError:
     while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(before)
     statuses = [getattr(getattr(failure, "response", None), "status_code", 0) for failure in chain]
-    offline = any(type(failure).__name__ == "OfflineModeIsEnabled" for failure in chain)
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     if offline or any(400 <= status < 500 and status != TOO_MANY for status in statuses):
         return UserError(sentence)
     network = any(isinstance(failure, (ConnectionError, TimeoutError, gaierror)) for failure in chain)
