@@ -43,6 +43,8 @@ RETRY_SECONDS = (10, 60)
 """How long a stage waits before it asks a hub again, each time."""
 BENCHMARK = "benchmark"
 """Tag of the tasks that measure; a concurrency limit of a Prefect server may name it."""
+AT_ONCE = 2
+"""Exports and gates side by side, where memory allows."""
 
 logger = logging.getLogger("martlet")
 """Progress, one line at a time, which the command line shows on standard error. A record's ``stage`` names
@@ -126,7 +128,7 @@ def run_name() -> str:
 @flow(
     name=FLOW_NAME,
     flow_run_name=run_name,
-    task_runner=ThreadPoolTaskRunner(max_workers=2),  # type: ignore[arg-type]
+    task_runner=ThreadPoolTaskRunner(max_workers=AT_ONCE),  # type: ignore[arg-type]
     persist_result=False,
 )
 @ending_children()
@@ -224,18 +226,29 @@ def ship(recipe: Path, store: Path, release: Path) -> dict[str, Any]:
         made["importance_matrix"] = step(importance_matrix.run, "importance matrix")(
             shelf, plan, made["instruct"], made["text"]
         )
-    exporting = {}
+    # A format's gates do not wait for the other formats' exports.
+    beside = fits_beside(made["instruct"])
+    exporting, judging = {}, {}
     for name in formats:
         exporting[name] = step(exports.run, f"export {name}").submit(
             shelf, plan, made["instruct"], name, made.get("importance_matrix")
         )
-        if not fits_beside(made["instruct"]):
+        if not beside:
             exporting[name].wait()
-    made |= {name: future.result() for name, future in exporting.items()}
     for name in formats:
-        made[f"fidelity_{name}"] = step(validate.run, f"validate {name}")(
-            shelf, plan, made["instruct"], made[name], made["text"], made["chats"]
+        judging[name] = step(validate.run, f"validate {name}").submit(
+            shelf,
+            plan,
+            made["instruct"],
+            exporting[name],
+            made["text"],
+            made["chats"],
+            threads=max(1, plan.threads // AT_ONCE) if beside else plan.threads,
         )
+        if not beside:
+            judging[name].wait()
+    made |= {name: future.result() for name, future in exporting.items()}
+    made |= {f"fidelity_{name}": future.result() for name, future in judging.items()}
     show_fidelity(made, formats)
     validate.require_passed([made[f"fidelity_{name}"] for name in formats])
 
@@ -270,10 +283,10 @@ def ship(recipe: Path, store: Path, release: Path) -> dict[str, Any]:
 
 
 def fits_beside(instruct: Artifact) -> bool:
-    """Whether memory allows another export beside those that run: each holds the weights a few times over
-    and a gigabyte of libraries."""
+    """Whether memory allows ``AT_ONCE`` exports or gates: each holds the weights a few times over and a
+    gigabyte of libraries."""
     weights = sum(path.stat().st_size for path in (instruct.path / "model").glob("*.safetensors"))
-    return psutil.virtual_memory().available > 2 * (4 * weights + 2**30)
+    return psutil.virtual_memory().available > AT_ONCE * (4 * weights + 2**30)
 
 
 def rows(made: dict[str, Artifact], kind: str, formats: list[str]) -> list[dict[str, Any]]:

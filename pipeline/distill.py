@@ -18,6 +18,7 @@ from pipeline.artifacts import Artifact, Store, write_json
 from pipeline.errors import EXIT_BAD_INPUT, UserError
 from pipeline.hidden_states import SPLITS
 from pipeline.launch import end_with_parent, launch_training, tell
+from pipeline.memory import freed_memory_kept
 from pipeline.models import load_model, load_tokenizer, position_ids, save_model
 from pipeline.recipe import Launch, Recipe
 from pipeline.training import (
@@ -34,6 +35,7 @@ from taid import (
     DistillationTrainer,
     LiveTeacher,
     SampledTeacher,
+    StudentGenerations,
     TaidError,
     TokenBlockDataset,
     evaluate_distillation,
@@ -88,9 +90,10 @@ def run(
         )
 
         def evaluate() -> dict[str, float]:
-            measured = evaluate_distillation(
-                model, held_out_teacher, blocks["held_out"], position_ids=positions["held_out"]
-            )
+            with freed_memory_kept():
+                measured = evaluate_distillation(
+                    model, held_out_teacher, blocks["held_out"], position_ids=positions["held_out"]
+                )
             return {
                 "cross_entropy": measured["student_cross_entropy"],
                 "kl": measured["kl_teacher_student"],
@@ -224,6 +227,9 @@ def train_student(
         interpolation = AdaptiveInterpolation(
             section.t_start, section.t_end, section.alpha, section.beta, section.adaptive, section.signal
         )
+    generations = None
+    if section.generations is not None and objective != "cross_entropy":
+        generations = StudentGenerations(**section.generations.model_dump())
     try:
         trainer = DistillationTrainer(
             model=model,
@@ -231,6 +237,7 @@ def train_student(
                 **training_values(section, work, recipe.seed),
                 eval_strategy="steps",
                 eval_steps=section.evaluate_every,
+                eval_on_start=generations is not None and generations.adaptive,
                 **distribution,
             ),
             train_dataset=TokenBlockDataset(blocks["train"], position_ids=positions["train"]),
@@ -242,6 +249,7 @@ def train_student(
             evaluation_teacher=held_out_teacher,
             objective=objective,
             interpolation=interpolation,
+            generations=generations,
             processing_class=tokenizer,
             callbacks=[ProgressLines(f"distill ({objective})", report)],
         )

@@ -20,6 +20,7 @@ VERSION = 5
 FORMATS = ("gguf", "mlc", "onnx")
 UNQUANTIZED = {"gguf": "f16", "mlc": "q0f32", "onnx": "fp32"}
 """What a format's quantized files are made from, or would be if each were made in two steps."""
+UNLISTED = "unlisted"
 
 
 def run(
@@ -31,7 +32,8 @@ def run(
         importance: artifact of ``pipeline.importance_matrix``; of the formats only GGUF uses it.
 
     Returns:
-        ``files/`` (for MLC one folder a quantization below it) and ``files.json``: [{path, format,
+        ``files/`` (for MLC one folder a quantization below it), ``unlisted/`` (of GGUF: the f16 that the
+        others were made from, where the recipe does not list it) and ``files.json``: [{path, format,
         quantization, bytes, tensor_types, tensor_kinds, importance_matrix}], where path, relative to the
         artifact, is what ``export.runtime.open_runtime`` opens, and importance_matrix whether one weighed
         the quantization.
@@ -53,19 +55,20 @@ def run(
                     "base_model": recipe.teacher.model,
                     "language": ["en"],
                 }
+                quantizations = recipe.export.gguf
                 paths = export_gguf(
                     model_dir,
                     files,
                     name.lower(),
-                    recipe.export.gguf,
+                    list(dict.fromkeys([*quantizations, UNQUANTIZED[format]])),
                     importance_matrix=matrix,
                     pre_tokenizer=recipe.export.pre_tokenizer,
                     metadata=metadata,
                     threads=recipe.threads,
                     progress=store.report,
                     log=store.log_file("export gguf"),
-                )
-                quantizations = recipe.export.gguf
+                )[: len(quantizations)]
+                keep_unlisted(files, paths, output / UNLISTED)
             elif format == "onnx":
                 paths = export_onnx(
                     model_dir,
@@ -121,6 +124,13 @@ def run(
     return store.get_or_make(f"export_{format}", VERSION, parameters, inputs, make)
 
 
+def keep_unlisted(folder: Path, listed: list[Path], elsewhere: Path) -> None:
+    """Moves what was made on the way out of the folder of a format's files: it is no part of a release."""
+    for path in set(folder.iterdir()) - set(listed):
+        elsewhere.mkdir(exist_ok=True)
+        path.rename(elsewhere / path.name)
+
+
 def read_importance(importance: Artifact, model_dir: Path) -> dict[str, Any]:
     """The importance matrix under the names of GGUF tensors.
 
@@ -133,7 +143,8 @@ def read_importance(importance: Artifact, model_dir: Path) -> dict[str, Any]:
 def unquantized(
     store: Store, recipe: Recipe, instruct: Artifact, exported: Artifact, format: str, folder: Path
 ) -> Path:
-    """What a format's files would be without quantization: the exported one, or else one that is made now.
+    """What a format's files would be without quantization: the exported one, the one that was
+    made on the way, or else one that is made now.
 
     Args:
         folder: receives it, where it must be made; must not exist.
@@ -144,6 +155,8 @@ def unquantized(
     for entry in json.loads((exported.path / "files.json").read_text(encoding="utf-8")):
         if entry["quantization"] == UNQUANTIZED[format]:
             return exported.path / entry["path"]
+    for path in (exported.path / UNLISTED).glob("*"):
+        return path
     store.report(
         f"validate: exporting to {UNQUANTIZED[format]}, to tell the format's loss from quantization's"
     )

@@ -133,6 +133,22 @@ class Training(Section):
     freeze_embeddings: bool = False
 
 
+class Generations(Section):
+    """Batches that the student writes itself, as GKD does, or DistiLLM where adaptive; defaults are the latter's
+    published code's."""
+
+    share: float = Field(0.5, ge=0, le=1, description="Of the batches; with adaptive the one it starts from.")
+    prompt_tokens: int = Field(32, ge=1, description="Tokens of a block that the student goes on from.")
+    adaptive: bool = Field(
+        False,
+        description="DistiLLM: the share grows when the held-out cross-entropy rises, and more and more "
+        "batches are replayed instead of written.",
+    )
+    share_step: float = Field(0.1, ge=0, le=1)
+    tolerance: float = Field(0.1, ge=0, description="The rise of the cross-entropy that counts, in nats.")
+    capacity: int = Field(1000, ge=1, description="Continuations that are kept for replay.")
+
+
 class Distill(Training):
     """Distillation. Defaults of t_start, t_end, alpha and beta are the paper's."""
 
@@ -157,6 +173,9 @@ class Distill(Training):
     signal: Literal["loss", "divergence"] = Field(
         "loss",
         description="What moves t: the loss, or KL(p_t || student), which is the loss less p_t's entropy.",
+    )
+    generations: Generations | None = Field(
+        None, description="Batches that the student writes itself; needs teacher.cache: none."
     )
     control: bool = Field(False, description="Also train a cross-entropy-only control on the same tokens.")
     evaluate_every: int = Field(
@@ -358,6 +377,15 @@ class Recipe(Section):
                 f"distill.objective: {self.distill.objective} needs more of the teacher than "
                 f"teacher.cache: sampled keeps; set teacher.cache to hidden or choose from "
                 f"{', '.join(SAMPLED_OBJECTIVES)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def no_cache_knows_what_the_student_writes(self) -> Self:
+        if self.distill.generations is not None and self.teacher.cache != "none":
+            raise ValueError(
+                f"distill.generations: text that the student writes is in no cache; set teacher.cache to none, "
+                f"not {self.teacher.cache}"
             )
         return self
 

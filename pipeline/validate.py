@@ -57,12 +57,27 @@ NOT_MEASURED: dict[str, Any] = dict.fromkeys(
 
 
 def run(
-    store: Store, recipe: Recipe, instruct: Artifact, exported: Artifact, text: Artifact, chats: Artifact
+    store: Store,
+    recipe: Recipe,
+    instruct: Artifact,
+    exported: Artifact,
+    text: Artifact,
+    chats: Artifact,
+    threads: int | None = None,
 ) -> Artifact:
     """Runs every file of an export over held-out text and chats, and compares with torch.
 
     Every quantized file is also compared with the unquantized file of its format (made for this where the
     recipe does not list it), so that a loss is blamed on the format or on the quantization.
+
+    Args:
+        store: where the result goes.
+        recipe: its ``validate`` section says how.
+        instruct: the model.
+        exported: the files.
+        text: held-out text.
+        chats: held-out chats.
+        threads: CPU threads of each process; None takes the recipe's.
 
     Returns:
         ``fidelity.json``: one entry a file, with its statistics, ``bits_per_weight``, ``hops`` (see
@@ -76,10 +91,11 @@ def run(
     """
 
     def make(output: Path, work: Path) -> None:
-        reference = reference_logits(store, recipe, instruct, text, chats)
+        processors = threads or recipe.threads
+        reference = reference_logits(store, recipe, instruct, text, chats, processors)
         common = {
             "reference": str(reference.path),
-            "threads": recipe.threads,
+            "threads": processors,
             "timeout_s": recipe.validate_.timeout_s,
         }
         parameters = weights_of(instruct.path / "model")
@@ -135,7 +151,7 @@ def run(
 
 
 def reference_logits(
-    store: Store, recipe: Recipe, instruct: Artifact, text: Artifact, chats: Artifact
+    store: Store, recipe: Recipe, instruct: Artifact, text: Artifact, chats: Artifact, threads: int
 ) -> Artifact:
     """The model's own answers, made once for all formats: see ``validate_worker.reference_answers``.
 
@@ -151,7 +167,7 @@ def reference_logits(
             "model": model,
             "rows": rows,
             "reference": str(output),
-            "threads": recipe.threads,
+            "threads": threads,
             "timeout_s": recipe.validate_.timeout_s,
         }
         problem, _ = _worker(request, work, store, "validate reference")

@@ -15,6 +15,7 @@ from taid.fused import (
     fused_taid,
     fused_total_variation,
 )
+from taid.generated import StudentGenerations
 from taid.objectives import (
     adaptive_kl,
     cross_entropy,
@@ -66,6 +67,7 @@ __all__ = [
     "LiveTeacher",
     "SampledProbabilities",
     "SampledTeacher",
+    "StudentGenerations",
     "TaidError",
     "Teacher",
     "TokenBlockDataset",

@@ -106,7 +106,7 @@ def fused_taid(
             return _cross_entropy_with(torch.softmax(target, -1, out=target), student)
         log_target = torch.log_softmax(target, -1, out=target)
         target = log_target.exp()
-        target_entropy.sub_(_dot(target, log_target).sum())
+        target_entropy.sub_(row_dot(target, log_target).sum())
         return _cross_entropy_with(target, student)
 
     return fused_objective(
@@ -158,7 +158,7 @@ def fused_reverse_kl(
         log_q = student.log_softmax(-1)
         slope = log_q - teacher.log_softmax(-1)
         q = log_q.exp_()
-        return _dot(q, slope).sum(), _through_softmax(q, slope)
+        return row_dot(q, slope).sum(), _through_softmax(q, slope)
 
     return fused_objective(
         chunk_reverse_kl, student_hidden, student_head_weight, teacher_hidden, teacher_head_weight, **options
@@ -184,7 +184,7 @@ def fused_jensen_shannon(
         p, q = log_p.exp(), log_q.exp()
         log_m = _mixture(p, q, teacher_weight).log_()
         slope = log_q.sub_(log_m).mul_(1 - teacher_weight)
-        loss = teacher_weight * _dot(p, log_p.sub_(log_m)).sum() + _dot(q, slope).sum()
+        loss = teacher_weight * row_dot(p, log_p.sub_(log_m)).sum() + row_dot(q, slope).sum()
         return loss, _through_softmax(q, slope)
 
     return fused_objective(
@@ -243,7 +243,7 @@ def fused_skew_forward_kl(
         q, p = torch.softmax(student, -1, out=student), torch.softmax(teacher, -1, out=teacher)
         mixture = _mixture(p, q, skew)
         slope = (p / mixture).mul_(skew - 1)
-        loss = -_dot(p, mixture.log_()).sum()
+        loss = -row_dot(p, mixture.log_()).sum()
         return loss, _through_softmax(q, slope)
 
     return fused_objective(
@@ -276,7 +276,7 @@ def fused_skew_reverse_kl(
         mixture = _mixture(q, log_p.exp_(), skew)
         ratio = q / mixture
         log_ratio = log_q.sub_(mixture.log_())
-        loss = _dot(q, log_ratio).sum()
+        loss = row_dot(q, log_ratio).sum()
         return loss, _through_softmax(q, log_ratio.sub_(ratio, alpha=skew))
 
     return fused_objective(
@@ -370,10 +370,10 @@ def fused_curriculum_temperature(
         log_p = teacher.div_(value).log_softmax(-1)
         p, q = log_p.exp(), log_q.exp()
         difference = log_p - log_q
-        kl = _dot(p, difference)
+        kl = row_dot(p, difference)
         # The derivative of a log-probability by the temperature is minus its distance from its mean, over it.
-        covariance = _dot(p, log_p * difference) - _dot(p, log_p) * kl
-        shift = _dot(p, log_q) - _dot(q, log_q)
+        covariance = row_dot(p, log_p * difference) - row_dot(p, log_p) * kl
+        shift = row_dot(p, log_q) - row_dot(q, log_q)
         slopes.append((value * (2 * kl - covariance + shift)).sum())
         return value**2 * kl.sum(), q.sub_(p).mul_(value)
 
@@ -616,13 +616,13 @@ def _take_infinite_out_(*logits: Tensor) -> None:
 def _cross_entropy_with(target: Tensor, student_logits: Tensor) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy of target probabilities against the student, and softmax(student) - target."""
     log_q = torch.log_softmax(student_logits, -1, out=student_logits)
-    loss = -_dot(target, log_q).sum()
+    loss = -row_dot(target, log_q).sum()
     return loss, log_q.exp_().sub_(target)
 
 
 def _through_softmax(q: Tensor, slope: Tensor) -> Tensor:
     """Gradient by the logits from the derivative by q's entries, in place: q (slope - <q, slope>)."""
-    return slope.sub_(_dot(q, slope).unsqueeze(-1)).mul_(q)
+    return slope.sub_(row_dot(q, slope).unsqueeze(-1)).mul_(q)
 
 
 def _mixture(p: Tensor, q: Tensor, share: float) -> Tensor:
@@ -633,7 +633,7 @@ def _mixture(p: Tensor, q: Tensor, share: float) -> Tensor:
     return torch.lerp(q, p, share).clamp_(min=torch.finfo(q.dtype).tiny)
 
 
-def _dot(left: Tensor, right: Tensor) -> Tensor:
+def row_dot(left: Tensor, right: Tensor) -> Tensor:
     """Row-wise dot product ``[n]`` of ``[n, V]`` and ``[n, V]`` without a temporary of their size."""
     return torch.bmm(left.unsqueeze(1), right.unsqueeze(2)).flatten()
 

@@ -30,11 +30,18 @@ from transformers.trainer_callback import ExportableState, TrainerControl, Train
 
 from taid import fused
 from taid.errors import TaidError
+from taid.generated import (
+    Continuation,
+    StudentGenerations,
+    as_batch,
+    continue_beginnings,
+    draw_replayed,
+)
 from taid.heads import at_head, head_options, head_weight, trim
 from taid.objectives import curriculum_reversal
 from taid.sampled import SampledTeacher, check_sampled_objective, fused_sampled_objective
 from taid.schedule import AdaptiveInterpolation
-from taid.teacher import Teacher
+from taid.teacher import LiveTeacher, Teacher
 
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {
     "taid": fused.fused_taid,
@@ -152,11 +159,15 @@ class InterpolationCallback(TrainerCallback, ExportableState):
         """The interpolation as JSON values."""
         interpolation = self.trainer.interpolation if self.trainer else None
         temperature = self.trainer.temperature_parameter if self.trainer else None
+        generations = None
+        if self.trainer and self.trainer.generations is not None:
+            generations = self.trainer.generations.state_dict()
         return {
             "args": {},
             "attributes": {},
             "interpolation": None if interpolation is None else interpolation.state_dict(),
             "temperature": None if temperature is None else temperature.item(),
+            "generations": generations,
             "learned_tokens": self.trainer.learned_tokens if self.trainer else 0,
         }
 
@@ -180,6 +191,14 @@ class InterpolationCallback(TrainerCallback, ExportableState):
                     "it was not made by this objective, so start anew."
                 )
             self.trainer.temperature_parameter.data.fill_(temperature)
+        if self.trainer.generations is not None:
+            generations = (stored or {}).get("generations")
+            if generations is None:
+                raise TaidError(
+                    f"The checkpoint of step {state.global_step} knows no generations; "
+                    "it was made without them, so start anew."
+                )
+            self.trainer.generations.load_state_dict(generations)
         if self.trainer.interpolation is None:
             return
         if not stored or not stored.get("interpolation"):
@@ -230,6 +249,7 @@ class DistillationTrainer(Trainer):
         objective: str = "taid",
         interpolation: AdaptiveInterpolation | None = None,
         objective_arguments: Mapping[str, Any] | None = None,
+        generations: StudentGenerations | None = None,
         vocabulary_size: int | None = None,
         chunk_size: int = fused.CHUNK_SIZE,
         evaluation_teacher: Teacher | None = None,
@@ -247,6 +267,7 @@ class DistillationTrainer(Trainer):
             objective: a key of ``OBJECTIVES``.
             interpolation: the schedule of t, for ``taid`` alone; None: ``AdaptiveInterpolation()``.
             objective_arguments: keyword arguments of the objective, such as ``{"skew": 0.1}``.
+            generations: which batches the student writes itself, for a ``LiveTeacher`` alone; None: none.
             vocabulary_size: shared rows of the heads (``shared_vocabulary_size``); None: the fewer rows.
             chunk_size: positions that are projected at a time.
             evaluation_teacher: the teacher of ``eval_dataset``; None: ``teacher``, unless that is sampled:
@@ -266,6 +287,10 @@ class DistillationTrainer(Trainer):
             raise TaidError(f"The objective {objective} has no interpolation; leave it out.")
         if isinstance(teacher, SampledTeacher) and objective != "cross_entropy":
             check_sampled_objective(objective)
+        if generations is not None and not isinstance(teacher, LiveTeacher):
+            raise TaidError("Text that the student writes is judged by a LiveTeacher; no cache knows it.")
+        if generations is not None and args.fsdp:
+            raise TaidError("A student that is sharded (FSDP) cannot write text; use DDP or one process.")
         # The dataset's columns are this class's, not the model's forward arguments.
         args.remove_unused_columns = False
         super().__init__(
@@ -280,6 +305,7 @@ class DistillationTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.objective: str = objective
         self.objective_arguments = dict(objective_arguments or {})
+        self.generations = generations
         self.interpolation = (interpolation or AdaptiveInterpolation()) if objective == "taid" else None
         self.chunk_size = chunk_size
         self.teacher = teacher.to(args.device) if hasattr(teacher, "to") else teacher  # type: ignore[union-attr]
@@ -331,6 +357,8 @@ class DistillationTrainer(Trainer):
                 batches.append(next(epoch_iterator))
             except StopIteration:
                 break
+        if self.generations is not None:
+            batches = [self.replaced_batch(batch, number) for number, batch in enumerate(batches)]
         counts = torch.tensor(
             [
                 sum(int(prediction_targets(batch)[1].sum()) for batch in batches),
@@ -346,6 +374,46 @@ class DistillationTrainer(Trainer):
         self._temperature_of_step = None if temperature is None else float(temperature.detach())
         self._t_of_step = None if self.interpolation is None else self.interpolation.t
         return batches, learned
+
+    def replaced_batch(self, batch: dict[str, Tensor], number: int) -> dict[str, Tensor]:
+        """A micro-batch, or in its place one that the student has written, as ``generations`` decides.
+
+        All ranks decide alike and keep all ranks' continuations. Every draw depends on seed, step and micro-batch
+        alone, so that a resumed run draws what an undisturbed one would.
+
+        Args:
+            batch: the micro-batch.
+            number: its place in the optimizer step.
+        """
+        generations = self.generations
+        assert generations is not None
+        step, seed = self.state.global_step, [self.args.seed, self.state.global_step, number]
+        rank = self.accelerator.process_index
+        source = generations.source(np.random.default_rng(seed).random(), step / self.state.max_steps)
+        if source == "data":
+            return batch
+        input_ids = batch["input_ids"]
+        if source == "replayed":
+            return as_batch(
+                draw_replayed(generations.replay, len(input_ids), [*seed, rank]), input_ids.device
+            )
+        written = continue_beginnings(
+            self._student,
+            input_ids,
+            batch.get("position_ids"),
+            generations.prompt_tokens,
+            int(np.random.default_rng([*seed, rank]).integers(2**31)),
+        )
+        generations.keep(self._of_all_ranks(written, input_ids.shape[1]))
+        return as_batch(written, input_ids.device)
+
+    def _of_all_ranks(self, written: list[Continuation], length: int) -> list[Continuation]:
+        rows = torch.zeros(len(written), 2 + length, dtype=torch.long, device=self.args.device)
+        for row, entry in zip(rows, written, strict=True):
+            row[0], row[1] = entry.prompt_tokens, len(entry.ids)
+            row[2 : 2 + len(entry.ids)] = torch.tensor(entry.ids)
+        gathered = self.accelerator.gather(rows).tolist()
+        return [Continuation(tuple(row[2 : 2 + row[1]]), row[0]) for row in gathered]
 
     def create_optimizer(self, *arguments: Any, **keywords: Any) -> torch.optim.Optimizer:
         """The Trainer's optimizer; ``curriculum_temperature`` adds its temperature as one more parameter."""
@@ -469,7 +537,8 @@ class DistillationTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """``evaluate_distillation`` on the held-out examples; moves neither t nor any weight.
+        """``evaluate_distillation`` on the held-out examples; moves neither t nor any weight, but in training
+        the share of adaptive ``generations``.
 
         The evaluation teacher is asked by the examples' own index. It runs whole on every rank.
 
@@ -492,6 +561,8 @@ class DistillationTrainer(Trainer):
             batch_size=self.args.per_device_eval_batch_size,
             chunk_size=self.chunk_size,
         )
+        if self.generations is not None and self.is_in_train:
+            self.generations.observe(measured["student_cross_entropy"])
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -583,18 +654,19 @@ def evaluate_distillation(
             teacher_hidden = states[:, :-1][mask].to(teacher_weight.dtype)
         for first in range(0, len(student_hidden), chunk_size):
             chunk = slice(first, first + chunk_size)
-            log_q = options.apply_((student_hidden[chunk] @ weight.T).float()).log_softmax(-1)
+            logits = options.apply_((student_hidden[chunk] @ weight.T).float())
+            log_q = torch.log_softmax(logits, -1, out=logits)
             target = chosen_labels[chunk]
             sums["student_cross_entropy"] -= float(log_q.gather(-1, target).double().sum())
             if teacher_hidden is None:
                 continue
-            products = (teacher_hidden[chunk] @ teacher_weight.T).float()
-            log_p = teacher_options.apply_(products).log_softmax(-1)
+            logits = teacher_options.apply_((teacher_hidden[chunk] @ teacher_weight.T).float())
+            log_p = torch.log_softmax(logits, -1, out=logits)
             sums["teacher_cross_entropy"] -= float(log_p.gather(-1, target).double().sum())
             sums["same_top"] += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
             difference = log_p - log_q
-            sums["kl_teacher_student"] += float((log_p.exp_() * difference).sum(-1).double().sum())
-            sums["kl_student_teacher"] -= float((log_q.exp_() * difference).sum(-1).double().sum())
+            sums["kl_teacher_student"] += float(fused.row_dot(log_p.exp_(), difference).double().sum())
+            sums["kl_student_teacher"] -= float(fused.row_dot(log_q.exp_(), difference).double().sum())
 
     was_training = student.training
     student.eval()

@@ -17,7 +17,8 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 from taid import (
-    AdaptiveInterpolation, DistillationTrainer, LiveTeacher, TokenBlockDataset, shard_teacher,
+    AdaptiveInterpolation, DistillationTrainer, LiveTeacher, StudentGenerations, TokenBlockDataset,
+    shard_teacher,
 )
 
 torch.set_num_threads(1)
@@ -55,6 +56,8 @@ trainer = DistillationTrainer(
     teacher,
     eval_dataset=TokenBlockDataset(blocks[:6]),
     interpolation=AdaptiveInterpolation(t_start=0.2, alpha=0.8, beta=0.5),
+    generations=StudentGenerations(share=1.0, prompt_tokens=4, adaptive=True)
+    if strategy == "ddp-generations" else None,
 )
 trainer.train()
 rank = trainer.args.process_index
@@ -75,6 +78,7 @@ with open(f"{folder}/rank-{rank}.json", "w") as file:
         "held_out": [entry["eval_kl_teacher_student"] for entry in trainer.state.log_history
                      if "eval_kl_teacher_student" in entry],
         "weights": weights,
+        "generations": trainer.generations and trainer.generations.state_dict(),
     }, file)
 """
 
@@ -125,3 +129,13 @@ def test_two_ranks_are_one_run(tmp_path, alone, strategy):
     student = load_file(tmp_path / "two" / "student" / "model.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in student.values())
     assert student["model.embed_tokens.weight"].shape == (96, 32), "the saved student is whole"
+
+
+def test_ranks_share_what_the_student_wrote(tmp_path):
+    first, second = run(tmp_path / "two", 2, "ddp-generations")
+    assert first["generations"] == second["generations"]
+    assert first["weights"] == second["weights"]
+    replay = first["generations"]["replay"]
+    # Six steps of two sequences on each of two ranks, all written anew: the replay is not full.
+    assert len(replay) == 24
+    assert len({tuple(row) for row in replay}) == 24, "ranks draw differently"
