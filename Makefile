@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 ENVIRONMENT := $(VENV)/.complete
 PAGE := web/dist/index.html
 
-BENCHMARKS := step loss harness_overhead mlc_speed tinyswallow_shape
+BENCHMARKS := step loss sampled_cache harness_overhead mlc_speed tinyswallow_shape
 
 .PHONY: ship test test-slow bench check docs environment page clean distclean
 

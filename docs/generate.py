@@ -20,7 +20,7 @@ from taid import AdaptiveInterpolation
 
 ROOT = Path(__file__).parents[1]
 MODULES = {
-    "taid": ("objectives", "schedule", "fused", "teacher", "student", "trainer", "vocabulary"),
+    "taid": ("objectives", "schedule", "fused", "teacher", "student", "trainer", "generated", "vocabulary"),
     "export": ("gguf", "mlc", "onnx", "ollama", "quantizations", "runtime", "errors"),
 }
 

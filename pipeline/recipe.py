@@ -134,8 +134,7 @@ class Training(Section):
 
 
 class Generations(Section):
-    """Batches that the student writes itself, as GKD does, or DistiLLM where adaptive; defaults are the latter's
-    published code's."""
+    """Batches that the student writes itself, as GKD does, or DistiLLM where adaptive."""
 
     share: float = Field(0.5, ge=0, le=1, description="Of the batches; with adaptive the one it starts from.")
     prompt_tokens: int = Field(32, ge=1, description="Tokens of a block that the student goes on from.")
@@ -384,8 +383,8 @@ class Recipe(Section):
     def no_cache_knows_what_the_student_writes(self) -> Self:
         if self.distill.generations is not None and self.teacher.cache != "none":
             raise ValueError(
-                f"distill.generations: text that the student writes is in no cache; set teacher.cache to none, "
-                f"not {self.teacher.cache}"
+                "distill.generations: text that the student writes is in no cache; set teacher.cache to "
+                f"none, not {self.teacher.cache}"
             )
         return self
 

@@ -1,8 +1,8 @@
 """Text that the student writes as training data: GKD's mix (Agarwal et al., ICLR 2024, arXiv 2306.13649) and
 DistiLLM's adaptive, replayed one (Ko et al., ICML 2024, arXiv 2402.03898).
 
-A student that has only ever read other people's text is lost once its own words stand before it. So some batches
-are replaced by the student's own continuations of their beginnings, and the teacher judges those.
+A student that has only ever read other people's text is lost once its own words stand before it. So some
+batches are replaced by the student's own continuations of their beginnings, and the teacher judges those.
 """
 
 from dataclasses import dataclass, field
@@ -39,10 +39,10 @@ class StudentGenerations:
 
     - GKD (``adaptive`` False): the student continues the batch's beginnings, each time anew.
     - DistiLLM (``adaptive`` True): ``share`` grows by ``share_step``, up to 1, after each held-out evaluation
-      whose cross-entropy is at least ``tolerance`` above the reference: the first evaluation's, then that of the
-      last one that made it grow. Of the batches below it the student writes those with u < share (1 - n / N) at
-      step n of N, and as long as fewer than ``capacity`` continuations were kept; the others are drawn from the
-      last ``capacity``. Schedule and constants are the published code's.
+      whose cross-entropy is at least ``tolerance`` above the reference: the first evaluation's, then that of
+      the last one that made it grow. Of the batches below it the student writes those with
+      u < share (1 - n/N) at step n of N, and all as long as fewer than ``capacity`` continuations are kept;
+      the others are drawn from the last ``capacity``. Schedule and constants are the published code's.
 
     Sampling is from the whole distribution at temperature 1, as in both papers.
 
@@ -127,7 +127,7 @@ def continue_beginnings(
         student: a `transformers` causal language model.
         input_ids: blocks ``[B, T]``.
         position_ids: ``[B, T]``, starting at 0 with each document; None: a block is one document.
-        prompt_tokens: tokens given, at most; all rows get as many as the row whose first document is shortest.
+        prompt_tokens: tokens given, at most; all rows get as many as fit in every row's first document.
         seed: of the sampling; the state of torch's own generator is left as it was.
     """
     length = min(prompt_tokens, input_ids.shape[1] - 1)
@@ -166,8 +166,8 @@ def continue_beginnings(
 
 
 def as_batch(continuations: list[Continuation], device: torch.device) -> dict[str, Tensor]:
-    """Continuations as a batch for ``DistillationTrainer``: fields ``[B, longest]``, padded at the end, with a
-    loss on what the student wrote alone."""
+    """Continuations as a batch for ``DistillationTrainer``: fields ``[B, longest]``, padded at the end, with
+    a loss on what the student wrote alone."""
     longest = max(len(entry.ids) for entry in continuations)
     input_ids, loss_mask, attention_mask = torch.zeros(3, len(continuations), longest, dtype=torch.long)
     for row, entry in enumerate(continuations):

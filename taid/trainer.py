@@ -378,8 +378,8 @@ class DistillationTrainer(Trainer):
     def replaced_batch(self, batch: dict[str, Tensor], number: int) -> dict[str, Tensor]:
         """A micro-batch, or in its place one that the student has written, as ``generations`` decides.
 
-        All ranks decide alike and keep all ranks' continuations. Every draw depends on seed, step and micro-batch
-        alone, so that a resumed run draws what an undisturbed one would.
+        All ranks decide alike and keep all ranks' continuations. Every draw depends on seed, step and
+        micro-batch alone, so that a resumed run draws what an undisturbed one would.
 
         Args:
             batch: the micro-batch.

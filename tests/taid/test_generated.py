@@ -88,7 +88,8 @@ def test_texts_end_with_the_end_of_sequence_and_sampling_leaves_torch_alone():
     assert torch.equal(torch.random.get_rng_state(), state)
     assert student.training
     ended = [entry for entry in written if END in entry.ids]
-    assert ended and all(entry.ids.index(END) == len(entry.ids) - 1 for entry in ended)
+    assert ended
+    assert all(entry.ids.index(END) == len(entry.ids) - 1 for entry in ended)
     assert all(len(entry.ids) == 40 for entry in written if END not in entry.ids)
     assert written == continue_beginnings(student, blocks, None, 4, seed=1)
     assert written != continue_beginnings(student, blocks, None, 4, seed=2)
