@@ -6,6 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import tvm
+from tokenizers import Tokenizer
+from tvm import relax
+from tvm.contrib import tvmjs
 
 from export.backend import Backend
 from export.errors import ExportError
@@ -34,11 +38,6 @@ class MlcRuntime:
         Raises:
             ExportError: a file is missing, damaged, or does not fit the library.
         """
-        import tvm
-        from tokenizers import Tokenizer
-        from tvm import relax
-        from tvm.contrib import tvmjs
-
         path = Path(path)
         try:
             self.config = json.loads((path / "mlc-chat-config.json").read_text(encoding="utf-8"))

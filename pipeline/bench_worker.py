@@ -252,6 +252,12 @@ def cpu_stall_seconds() -> float | None:
         return None
 
 
+def without_torch() -> None:
+    """Keeps torch out of this process: TVM and transformers import it wherever it is installed, which takes
+    seconds and memory that are not the file's, and no runtime of an exported file needs it."""
+    sys.modules["torch"] = None  # type: ignore[assignment]
+
+
 def main() -> int:
     """Reads the request (``kind``, ``timeout_s``, ``join``: control groups to enter, and the arguments of
     that measurement), writes the result; exit code 2 and a sentence on stderr if the file fails to run."""
@@ -267,6 +273,7 @@ def main() -> int:
     # Before the runtime is imported, so that its memory counts.
     for group in request.pop("join", []):
         Path(group).write_text(str(os.getpid()), encoding="ascii")
+    without_torch()
     # A library that hangs hears no exception; the signal's default ends the process.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, request.pop("timeout_s"))

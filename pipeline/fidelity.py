@@ -7,12 +7,16 @@ BLOCK = 64
 """Positions in float64 at a time: 25 MB an array at a vocabulary of 49,152."""
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Natural log probabilities of logits ``[T, V]``, float64."""
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max(axis=-1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return shifted
+def log_softmax(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Natural log probabilities of logits ``[T, V]`` and the probabilities, float64."""
+    log_p = logits.astype(np.float64)
+    log_p -= log_p.max(axis=-1, keepdims=True)
+    # The exponentials are nine tenths of the time of a comparison, so they are taken once.
+    p = np.exp(log_p)
+    total = p.sum(axis=-1, keepdims=True)
+    log_p -= np.log(total)
+    p /= total
+    return log_p, p
 
 
 class Fidelity:
@@ -47,8 +51,7 @@ class Fidelity:
     def _add_block(self, reference: np.ndarray, logits: np.ndarray, next_ids: np.ndarray) -> None:
         # Logits that are no numbers must end in statistics that are none, which no gate lets pass.
         with np.errstate(invalid="ignore", over="ignore"):
-            log_p, log_q = log_softmax(reference), log_softmax(logits)
-            p = np.exp(log_p)
+            (log_p, p), (log_q, q) = log_softmax(reference), log_softmax(logits)
             top = log_p.argmax(-1)
             rows = np.arange(len(top))
             # Where p is 0 a term of the sum is 0, however small q is.
@@ -56,10 +59,10 @@ class Fidelity:
             # Rounding can leave a tiny negative number where both are equal.
             self._kl.append(np.maximum(terms.sum(-1), 0.0))
             self._same_top.append(top == log_q.argmax(-1))
-            self._top_probability_difference.append(np.exp(log_q[rows, top]) - p[rows, top])
+            self._top_probability_difference.append(q[rows, top] - p[rows, top])
             self._loss_difference.append(log_p[rows, next_ids] - log_q[rows, next_ids])
             other = log_q.argmax(-1)
-            self._tops.append(np.stack([top, p[rows, top], other, np.exp(log_q[rows, other])], axis=1))
+            self._tops.append(np.stack([top, p[rows, top], other, q[rows, other]], axis=1))
 
     def worst(self, count: int) -> list[dict[str, float]]:
         """The positions at which the file is furthest from the model, furthest first.

@@ -15,6 +15,7 @@ import numpy as np
 from export.errors import ExportError
 from export.runtime import ChatReader, Message, Runtime, generate_greedily, open_runtime
 from pipeline.artifacts import write_json
+from pipeline.bench_worker import without_torch
 from pipeline.conversations import SAMPLE_TOKENS, answered_conversations, fixed_conversations
 from pipeline.fidelity import Fidelity
 
@@ -26,6 +27,9 @@ WORST = 5
 
 CONTEXT = 24
 """Tokens of that text."""
+
+HOP_STRIDE = 2
+"""One row of so many is run through the unquantized file, too: enough to see which step loses most."""
 
 FLOOR_ROWS = 2
 """Rows of which an unquantized file is compared with itself."""
@@ -134,7 +138,8 @@ def logits_in(folder: Path) -> Callable[[int], np.ndarray]:
 def unquantized_answers(
     runtime: Runtime, reference: dict[str, Any], logits_of: Callable[[int], np.ndarray], folder: Path
 ) -> dict[str, Any]:
-    """Writes ``logits-NNNN.npy`` of an unquantized file, by which the loss of quantization alone is told.
+    """Writes ``logits-NNNN.npy`` of an unquantized file for every ``HOP_STRIDE``-th row, by which the loss of
+    quantization alone is told.
 
     Args:
         runtime, reference, logits_of: as of ``judge``.
@@ -149,13 +154,13 @@ def unquantized_answers(
     """
     size = min(runtime.vocabulary_size, reference["vocabulary_size"])
     hop, floor = Fidelity(), Fidelity()
-    for number, row in enumerate(reference["rows"]):
+    for number, row in list(enumerate(reference["rows"]))[::HOP_STRIDE]:
         runtime.reset()
         logits = runtime.forward(row)[:, :size]
         np.save(folder / f"logits-{number:04d}.npy", logits)
         following = np.array(row[1:])
         hop.add(logits_of(number)[:-1, :size], logits[:-1], following)
-        if number < FLOOR_ROWS:
+        if number < FLOOR_ROWS * HOP_STRIDE:
             half = len(row) // 2
             runtime.reset()
             runtime.forward(row[:half])
@@ -238,8 +243,8 @@ def compare_logits(
     unquantized_logits_of: Callable[[int], np.ndarray] | None = None,
 ) -> dict[str, Any]:
     """``Fidelity.statistics`` over all rows, each from an empty cache, as far as both vocabularies go;
-    ``worst``, the positions of the largest KL with the text before them; and in ``quantization`` the same
-    statistics against the unquantized file, if its logits are given."""
+    ``worst``, the positions of the largest KL with the text before them; and in ``quantization``, if the
+    unquantized file's logits are given, the statistics against it over the rows that it was run over."""
     size = min(runtime.vocabulary_size, reference["vocabulary_size"])
     fidelity, quantization = Fidelity(), Fidelity()
     for number, row in enumerate(reference["rows"]):
@@ -249,7 +254,7 @@ def compare_logits(
         for start in range(0, len(following), CHUNK):
             chunk = slice(start, min(start + CHUNK, len(following)))
             fidelity.add(expected[chunk, :size], logits[chunk, :size], following[chunk])
-            if unquantized_logits_of is not None:
+            if unquantized_logits_of is not None and number % HOP_STRIDE == 0:
                 before = unquantized_logits_of(number)[chunk]
                 width = min(size, before.shape[1])
                 quantization.add(before[:, :width], logits[chunk, :width], following[chunk])
@@ -312,6 +317,7 @@ def main() -> int:
         if "model" in request:
             reference_answers(Path(request["model"]), request["rows"], request["threads"], folder)
             return 0
+        without_torch()
         reference, logits_of = read_reference(folder)
         # No more cache than the rows need.
         longest = max(len(row) for row in reference["rows"])

@@ -32,6 +32,8 @@ from taid import objectives
 from taid.errors import TaidError
 
 CHUNK_SIZE = 256
+TILE = 768
+"""Rows of a head that are multiplied at a time on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -542,10 +544,10 @@ class _Fused(torch.autograd.Function):
             for start in range(0, count, chunk_size):
                 chunk = slice(start, start + chunk_size)
                 hidden = student_hidden[chunk].to(compute_type)
-                logits = student_head.apply_(_project(hidden, weight, buffer))
+                logits = student_head.apply_(project(hidden, weight, buffer))
                 teacher_logits = None if teacher_hidden is None else teacher_hidden[chunk]
                 if teacher_logits is not None and teacher_weight is not None and teacher_buffer is not None:
-                    products = _project(teacher_logits.to(compute_type), teacher_weight, teacher_buffer)
+                    products = project(teacher_logits.to(compute_type), teacher_weight, teacher_buffer)
                     teacher_logits = teacher_head.apply_(products)
                     _take_infinite_out_(logits, teacher_logits)
                 else:
@@ -593,12 +595,22 @@ class _Fused(torch.autograd.Function):
         return (*gradients, *[None] * 7)
 
 
-def _project(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
-    """``hidden @ weight.T`` in the first rows of a buffer, in the buffer's type."""
+def project(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
+    """``hidden @ weight.T`` in the first rows of a buffer, in the buffer's type.
+
+    On a CPU in tiles of the vocabulary, each of which stays in the cache until it is copied: rows of the
+    whole vocabulary lie so far apart that writing them slows the product (docs/log.md).
+    """
     rows = buffer[: len(hidden)]
-    if hidden.dtype == buffer.dtype:
+    if hidden.dtype != buffer.dtype:
+        return rows.copy_(hidden @ weight.T)
+    if hidden.is_cuda or len(weight) <= TILE:
         return torch.mm(hidden, weight.T, out=rows)
-    return rows.copy_(hidden @ weight.T)
+    product = rows.new_empty(len(rows), TILE)
+    for columns, tile in zip(rows.split(TILE, dim=1), weight.split(TILE), strict=True):
+        narrow = product[:, : len(tile)] if len(tile) == TILE else rows.new_empty(columns.shape)
+        columns.copy_(torch.mm(hidden, tile.T, out=narrow))
+    return rows
 
 
 def _take_infinite_out_(*logits: Tensor) -> None:

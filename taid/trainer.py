@@ -652,15 +652,16 @@ def evaluate_distillation(
         if teacher is not None:
             states = teacher.hidden_states(batch["input_ids"], index=batch["index"], **model_inputs(batch))
             teacher_hidden = states[:, :-1][mask].to(teacher_weight.dtype)
+        buffers = torch.empty(2, min(chunk_size, len(student_hidden)), vocabulary_size, device=weight.device)
         for first in range(0, len(student_hidden), chunk_size):
             chunk = slice(first, first + chunk_size)
-            logits = options.apply_((student_hidden[chunk] @ weight.T).float())
+            logits = options.apply_(fused.project(student_hidden[chunk], weight, buffers[0]))
             log_q = torch.log_softmax(logits, -1, out=logits)
             target = chosen_labels[chunk]
             sums["student_cross_entropy"] -= float(log_q.gather(-1, target).double().sum())
             if teacher_hidden is None:
                 continue
-            logits = teacher_options.apply_((teacher_hidden[chunk] @ teacher_weight.T).float())
+            logits = teacher_options.apply_(fused.project(teacher_hidden[chunk], teacher_weight, buffers[1]))
             log_p = torch.log_softmax(logits, -1, out=logits)
             sums["teacher_cross_entropy"] -= float(log_p.gather(-1, target).double().sum())
             sums["same_top"] += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())

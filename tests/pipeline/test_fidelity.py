@@ -72,7 +72,7 @@ def test_perplexity_ratio_error_is_the_spread_over_resamples(pair) -> None:
     fidelity = Fidelity()
     fidelity.add(reference, logits, following)
     rows = np.arange(300)
-    difference = log_softmax(reference)[rows, following] - log_softmax(logits)[rows, following]
+    difference = log_softmax(reference)[0][rows, following] - log_softmax(logits)[0][rows, following]
     draws = np.random.default_rng(3).integers(0, 300, (4000, 300))
     ratios = np.exp(difference[draws].mean(-1))
     assert fidelity.statistics()["perplexity_ratio_error"] == pytest.approx(ratios.std(), rel=0.06)

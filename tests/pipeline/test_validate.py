@@ -116,13 +116,13 @@ def test_good_files_pass_and_the_reference_is_made_once(inputs: Any) -> None:
         assert len(entry["said"]) == 1
         assert entry["answers"] > len(entry["said"])  # how many fixed answers the gate of ends looks at
     assert 0 < entries[0]["mean_kl"] < entries[1]["mean_kl"] < 0.01
-    # The f16 file is its own first step; what q8_0 loses, it loses after that step.
+    # The f16 file is its own first step, measured on every second row; what q8_0 loses, it loses after it.
     first, (same, second) = entries[0]["hops"], entries[1]["hops"]
     assert first == [same]
     assert same["hop"] == "model to f16"
-    assert same["mean_kl"] == pytest.approx(entries[0]["mean_kl"], rel=1e-6)
+    assert same["mean_kl"] == pytest.approx(entries[0]["mean_kl"], rel=0.5)
     assert second["hop"] == "f16 to q8_0"
-    assert second["mean_kl"] == pytest.approx(entries[1]["mean_kl"], rel=0.1)
+    assert second["mean_kl"] == pytest.approx(entries[1]["mean_kl"], rel=0.5)
     assert 0 <= entries[0]["floor_kl"] < 1e-4
     weights = sum(
         array.size for array in load_file(inputs["instruct"].path / "model/model.safetensors").values()

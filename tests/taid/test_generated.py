@@ -135,7 +135,7 @@ def test_distillm_grows_with_the_held_out_loss_and_replays():
     draws = np.linspace(0, 1, 1000, endpoint=False)
     for progress in (0.0, 0.5, 0.9):
         sources = [adaptive.source(draw, progress) for draw in draws]
-        assert sources.count("data") == 700
+        assert sources.count("data") == pytest.approx(700, abs=1)
         assert sources.count("written") == pytest.approx(300 * (1 - progress), abs=1)
     assert len(set(draw_replayed(adaptive.replay, 4, [0]))) == 4
 
