@@ -14,8 +14,8 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from flows.command_line import app
+from pipeline.pages import BLUE, ORANGE, svg
 from pipeline.recipe import Recipe
-from pipeline.report import BLUE, ORANGE, svg
 from taid import AdaptiveInterpolation
 
 ROOT = Path(__file__).parents[1]

@@ -148,6 +148,9 @@ def compare(
     ] = None,
     store: Annotated[Path, typer.Option(help="Folder of finished stages.")] = Path("store"),
     output: Annotated[Path, typer.Option(help="Folder of the page and its JSON.")] = Path("comparison"),
+    release: Annotated[
+        Path | None, typer.Option(help="Release whose report is to show the comparison, too.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare objectives on one student.
@@ -160,9 +163,13 @@ def compare(
 
     names = study.OBJECTIVES if objectives == "all" else [name for name in objectives.split(",") if name]
     entries = study.contenders(plan, [name.strip() for name in names], schedule or [], tokens)
+    if release is not None:
+        study.require_same_start(plan, release)
     numbers = whole_numbers("--seeds", seeds)
     facts = study.run(Store(store, report=progress_line), plan, entries, numbers, tokens)
     files = study.write(facts, output)
+    if release is not None:
+        study.show_in_report(facts, release)
     if as_json:
         print(json.dumps({"files": [str(path) for path in files], "contenders": standings(facts)}))
     else:

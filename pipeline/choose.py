@@ -8,7 +8,7 @@ from typing import Any
 import altair
 
 from pipeline.errors import UserError
-from pipeline.report import BLUE, FORMATS, ORANGE, TEAL, svg
+from pipeline.pages import SMALLEST_KL, by_format, kl_axis, names_beside, size_axis, svg
 
 NEGLIGIBLE_KL = 0.01
 """Nats. Files no further from the model than this are told apart by speed and size alone: it is about what
@@ -122,8 +122,7 @@ def picture(choice: dict[str, Any]) -> str:
     values = [
         {
             "megabytes": file["bytes"] / 1e6,
-            # The axis is logarithmic; what is below this is rounding of float32.
-            "kl": max(file["mean_kl"], 1e-8),
+            "mean_kl": max(file["mean_kl"], SMALLEST_KL),
             "format": file["format"],
             "label": file["quantization"]
             + ("" if (speed := file["decode_tokens_per_s"]) is None else f", {speed:.0f} tok/s"),
@@ -135,48 +134,13 @@ def picture(choice: dict[str, Any]) -> str:
         for rank, file in enumerate(choice["files"])
         if file["mean_kl"] is not None
     ]
-    formats = [name for name in FORMATS if any(value["format"] == name for value in values)]
-    colours = dict(zip(FORMATS, (BLUE, TEAL, ORANGE), strict=True))
-    shapes = dict(zip(FORMATS, ("circle", "square", "triangle-up"), strict=True))
-    legend = altair.Legend(title=None, orient="top")
-    base = altair.Chart(altair.Data(values=values)).encode(
-        x=altair.X(
-            "megabytes:Q",
-            title="size, MB",
-            scale=altair.Scale(type="log", nice=False, padding=90),
-            axis=altair.Axis(tickCount=6, format=",.3~r"),
-        ),
-        y=altair.Y(
-            "kl:Q",
-            title="mean KL to the model, nats",
-            scale=altair.Scale(type="log", padding=16),
-            axis=altair.Axis(tickCount=5, format=".0e"),
-        ),
-    )
+    base = altair.Chart(altair.Data(values=values)).encode(x=size_axis(98), y=kl_axis(16))
     front = base.transform_filter("datum.front").mark_line(
         color="currentColor", opacity=0.4, strokeDash=[4, 3]
     )
     ring = base.transform_filter("datum.ship").mark_point(size=320, strokeWidth=2, color="currentColor")
-    dots = base.mark_point(size=90, filled=True).encode(
-        opacity=altair.Opacity("opacity:Q", scale=None, legend=None),
-        color=altair.Color(
-            "format:N",
-            scale=altair.Scale(domain=formats, range=[colours[name] for name in formats]),
-            legend=legend,
-        ),
-        shape=altair.Shape(
-            "format:N",
-            scale=altair.Scale(domain=formats, range=[shapes[name] for name in formats]),
-            legend=legend,
-        ),
-    )
-    left = base.transform_filter("datum.left").mark_text(
-        align="right", dx=-13, fontSize=12, color="currentColor"
-    )
-    right = base.transform_filter("!datum.left").mark_text(
-        align="left", dx=13, fontSize=12, color="currentColor"
-    )
     faint = altair.Opacity("opacity:Q", scale=None, legend=None)
-    texts = [side.encode(text=altair.Text("label:N"), opacity=faint) for side in (left, right)]
+    dots = base.mark_point(size=90, filled=True).encode(opacity=faint, **by_format(values))
+    texts = names_beside(base, "label", 13, opacity=faint)
     chart = altair.LayerChart(layer=[front, ring, dots, *texts]).properties(width=620, height=380)
     return str(svg(chart, "Files by size and mean KL; the ring marks the one to ship"))

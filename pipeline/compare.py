@@ -24,8 +24,11 @@ from pipeline import distill, hidden_states, prepare, student, teacher
 from pipeline.artifacts import Artifact, Store, write_json, write_text
 from pipeline.errors import UserError
 from pipeline.models import load_model, load_tokenizer, position_ids
+from pipeline.pages import BLUE, objectives_picture, page_environment, svg
 from pipeline.recipe import Distill, Recipe
-from pipeline.report import BLUE, page_environment, svg
+from pipeline.release import change_report, read_report
+from pipeline.report import TITLES as REPORT_TITLES
+from pipeline.report import ranked
 
 SCHEMA = "martlet-comparison-1"
 STAGE = "measure"
@@ -52,8 +55,10 @@ MEASURES = {
     "peak_memory_bytes": "peak memory",
 }
 """The columns of the table: key and heading."""
+IN_REPORT = ("kl", "reverse_kl", "cross_entropy", "same_top", "rouge_l")
+"""The columns that a release's report shows."""
 TITLES = {
-    "kl": "KL(teacher ‖ student) on held-out text after training: a dot for each seed, a bar at the mean",
+    "kl": REPORT_TITLES["objectives"],
     "loss": "Training loss of each step, first seed. Each objective has its own axis: they measure different "
     "things",
     "t": "TAID's interpolation t of each step, first seed: 0 is the student itself, 1 the teacher",
@@ -413,44 +418,67 @@ def write(facts: dict[str, Any], folder: Path) -> tuple[Path, Path]:
     return folder / "comparison.json", folder / "comparison.html"
 
 
+def require_same_start(recipe: Recipe, release: Path) -> None:
+    """A release's report shows only comparisons that begin where its own student began.
+
+    Raises:
+        UserError: there is no release, or it was made from another teacher, text, student or seed.
+    """
+    made_with = read_report(release)["recipe"]
+    asked = recipe.model_dump(mode="json", by_alias=True)
+    for section, key in (("teacher", "model"), ("teacher", "revision"), ("data", "text")):
+        if made_with[section][key] != asked[section][key]:
+            raise UserError(f"--release: {release} was made with another {section}.{key} than the recipe's.")
+    for key in ("student", "seed"):
+        if made_with[key] != asked[key]:
+            raise UserError(f"--release: {release} was made with another {key} than the recipe's.")
+
+
+def show_in_report(facts: dict[str, Any], release: Path) -> None:
+    """Takes a comparison, without its curves, into a release's report (key ``study``).
+
+    Args:
+        facts: result of ``run``.
+        release: release folder.
+    """
+    keys = ("label", "objective", "settings", "mean", "spread", "kl_difference")
+    study = {
+        **{key: facts[key] for key in ("seeds", "tokens", "steps", "held_out_tokens", "before", "teacher")},
+        "measures": {key: MEASURES[key] for key in IN_REPORT},
+        "contenders": [
+            {
+                **{key: entry[key] for key in keys},
+                "runs": [{"seed": run["seed"], "kl": run["kl"]} for run in entry["runs"]],
+            }
+            for entry in facts["contenders"]
+        ],
+    }
+    change_report(release, lambda report: report.update(study=study))
+
+
 def render(facts: dict[str, Any]) -> str:
     """The page of a comparison, one HTML file without script and without any request."""
-    ranked = sorted(facts["contenders"], key=lambda entry: entry["mean"]["kl"])
+    contenders = ranked(facts)
     return (
         page_environment()
         .get_template("comparison.html.jinja")
-        .render(facts=facts, ranked=ranked, measures=MEASURES, charts=charts(ranked), titles=TITLES)
+        .render(
+            facts=facts,
+            ranked=contenders,
+            measures=MEASURES,
+            charts=charts(contenders),
+            titles=TITLES,
+        )
     )
 
 
-def charts(ranked: list[dict[str, Any]]) -> dict[str, Any]:
+def charts(contenders: list[dict[str, Any]]) -> dict[str, Any]:
     """The pictures of a comparison by name, as SVG; a picture without points is left out."""
-    labels = [entry["label"] for entry in ranked]
-    dots = [
-        {"run": entry["label"], "kl": run["kl"], "mean": entry["mean"]["kl"]}
-        for entry in ranked
-        for run in entry["runs"]
-    ]
-    rows = altair.Y("run:N", sort=labels, title=None, axis=altair.Axis(labelLimit=260))
-    base = altair.Chart(altair.Data(values=dots)).encode(y=rows)
-    span = altair.Scale(zero=False, padding=12)
-    picture = altair.LayerChart(
-        layer=[
-            base.mark_tick(thickness=3, size=16, color=BLUE).encode(x=altair.X("mean:Q", scale=span)),
-            base.mark_point(filled=True, size=55, opacity=0.65, color=BLUE).encode(
-                x=altair.X("kl:Q", title="held-out KL, nats", scale=span)
-            ),
-        ]
-    ).properties(
-        # Room on the left: a browser's font may be wider than the one that the labels were measured with.
-        width=340,
-        height=altair.Step(24),
-        padding={"left": 30, "top": 5, "right": 10, "bottom": 5},
-    )
-    found = {"kl": svg(picture, TITLES["kl"])}
+    labels = [entry["label"] for entry in contenders]
+    found = {"kl": objectives_picture(contenders, TITLES["kl"])}
     points = [
         {"run": entry["label"], **{key: point.get(key) for key in ("tokens", "loss", "t")}}
-        for entry in ranked
+        for entry in contenders
         for point in entry["runs"][0]["curve"]
     ]
     losses = [point for point in points if point["loss"] is not None]

@@ -9,7 +9,19 @@ from markupsafe import Markup
 
 from pipeline.artifacts import write_json
 from pipeline.errors import UserError
-from pipeline.report import BLUE, ORANGE, SCHEMA, SMALLEST_KL, TEAL, page_environment, svg
+from pipeline.pages import (
+    BLUE,
+    ORANGE,
+    SMALLEST_KL,
+    TEAL,
+    by_kind,
+    kl_axis,
+    names_beside,
+    page_environment,
+    size_axis,
+    svg,
+)
+from pipeline.report import SCHEMA
 
 COMPARISON_SCHEMA = "martlet-release-comparison-1"
 PAGE = "comparison.html"
@@ -200,10 +212,9 @@ def _chart(facts: dict[str, Any]) -> Markup | None:
         {
             "release": labels[number],
             "megabytes": file["bytes"][number] / 1e6,
-            # The axis is logarithmic; what is below this is rounding, not quantization.
             "mean_kl": max(file["mean_kl"][number], SMALLEST_KL),
             "name": file["quantization"],
-            "first": number == 0,
+            "left": number % 2 == 0,
         }
         for file in facts["files"]
         for number in range(len(labels))
@@ -211,33 +222,12 @@ def _chart(facts: dict[str, Any]) -> Markup | None:
     ]
     if not values:
         return None
-    legend = altair.Legend(title=None, orient="top", labelLimit=300)
-    colours = [COLOURS[number % len(COLOURS)] for number in range(len(labels))]
-    shapes = [SHAPES[number % len(SHAPES)] for number in range(len(labels))]
-    base = altair.Chart(altair.Data(values=values)).encode(
-        x=altair.X(
-            "megabytes:Q",
-            title="size, MB",
-            scale=altair.Scale(type="log", nice=False, padding=56),
-            axis=altair.Axis(tickCount=6, format=",.3~r"),
-        ),
-        y=altair.Y(
-            "mean_kl:Q",
-            title="mean KL, nats",
-            scale=altair.Scale(type="log", padding=14),
-            axis=altair.Axis(tickCount=5, format=".0e"),
-        ),
+    base = altair.Chart(altair.Data(values=values)).encode(x=size_axis(58), y=kl_axis(14))
+    told_apart = by_kind(
+        "release",
+        {label: COLOURS[number % len(COLOURS)] for number, label in enumerate(labels)},
+        {label: SHAPES[number % len(SHAPES)] for number, label in enumerate(labels)},
     )
-    marks = base.mark_point(size=80, filled=True, opacity=1).encode(
-        color=altair.Color("release:N", scale=altair.Scale(domain=labels, range=colours), legend=legend),
-        shape=altair.Shape("release:N", scale=altair.Scale(domain=labels, range=shapes), legend=legend),
-    )
-    text = altair.Text("name:N")
-    left = base.transform_filter("datum.first").mark_text(
-        align="right", dx=-9, fontSize=12, color="currentColor"
-    )
-    right = base.transform_filter("!datum.first").mark_text(
-        align="left", dx=9, fontSize=12, color="currentColor"
-    )
-    layers = altair.LayerChart(layer=[marks, left.encode(text=text), right.encode(text=text)])
+    marks = base.mark_point(size=80, filled=True, opacity=1).encode(**told_apart)
+    layers = altair.LayerChart(layer=[marks, *names_beside(base, "name", 9)])
     return svg(layers.properties(width=560, height=320), TITLE)

@@ -36,9 +36,9 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from pipeline import release as release_stage
-from pipeline import report, web
-from pipeline.artifacts import sha256_of_file, with_own_digest, write_json
+from pipeline import web
 from pipeline.errors import UserError
+from pipeline.pages import readable_device
 
 LOOPBACK = "127.0.0.1"
 COOKIE = "martlet_phone"
@@ -315,38 +315,24 @@ def add_result(root: Path, result: Result) -> str:
         **measured.model_dump(),
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    facts = json.loads((root / "report.json").read_text(encoding="utf-8"))
-    phones = [
-        earlier
-        for earlier in facts.get("phones", [])
-        if (earlier["device"], earlier["file"], earlier["threads"])
-        != (entry["device"], entry["file"], entry["threads"])
-    ]
-    if len(phones) >= MOST_RESULTS:
-        raise UserError(f"report.json: holds {MOST_RESULTS} results already; ship again to begin anew.")
-    facts["phones"] = [*phones, entry]
-    page = report.render(facts)
-    manifest = release_stage.read_manifest(root)
-    if manifest is None:
-        raise UserError(f"{root}: its manifest cannot be read any more.")
-    write_json(root / "report.json", facts)
-    _write_text(root / "report.html", page)
-    for name in ("report.json", "report.html"):
-        path = root / name
-        manifest["files"][name] |= {"sha256": sha256_of_file(path), "bytes": path.stat().st_size}
-    write_json(root / release_stage.MANIFEST, with_own_digest(manifest))
+
+    def take(facts: dict[str, Any]) -> None:
+        phones = [
+            earlier
+            for earlier in facts.get("phones", [])
+            if (earlier["device"], earlier["file"], earlier["threads"])
+            != (entry["device"], entry["file"], entry["threads"])
+        ]
+        if len(phones) >= MOST_RESULTS:
+            raise UserError(f"report.json: holds {MOST_RESULTS} results already; ship again to begin anew.")
+        facts["phones"] = [*phones, entry]
+
+    release_stage.change_report(root, take)
     return (
-        f"{report.readable_device(entry['device'])}: {measured.file}, "
+        f"{readable_device(entry['device'])}: {measured.file}, "
         f"{measured.decode_tokens_per_s:.1f} tok/s decode, {measured.prefill_tokens_per_s:.1f} prefill, "
         f"{measured.threads} threads; in report.html."
     )
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Replaces a file at once, so that a reader sees the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def lan_address() -> str:

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from pipeline.artifacts import (
     space_ran_out,
     with_own_digest,
     write_json,
+    write_text,
 )
 from pipeline.bill_of_materials import FILE_NAME as BILL_OF_MATERIALS
 from pipeline.bill_of_materials import bill_of_materials, file_digests
@@ -43,7 +44,7 @@ CARD = "README.md"
 MODELFILE = "Modelfile"
 LONGEST_NAME, LONGEST_PATH = 255, 1024
 """Bytes of a file's name and characters of its path in a release."""
-VERSION = 4
+VERSION = 5
 """Raised when the same artifacts give another release."""
 
 
@@ -102,6 +103,12 @@ def run(
                 made_from = _copy_models(folder, recipe, artifacts)
                 facts = report.collect(recipe, artifacts, stage_times)
                 facts["folders"] = _folders(folder, made_from)
+                copied = _files(folder, made_from, {})
+                roles = {artifact.key: role for role, artifact in artifacts.items()}
+                facts["files"] = [
+                    {"file": name, "role": roles[entry["made_from"]["key"]], **_digest_and_size(entry)}
+                    for name, entry in copied.items()
+                ]
                 for name, text in cards.model_cards(recipe, facts).items():
                     (folder / name / CARD).write_text(text, encoding="utf-8")
                 if "gguf" in artifacts:
@@ -121,13 +128,10 @@ def run(
                 write_json(folder / "report.json", facts)
                 (folder / "report.html").write_text(report.render(facts), encoding="utf-8")
                 inputs = provenance.inputs(recipe, artifacts)
-                listed = {
-                    name: {key: entry[key] for key in ("sha256", "bytes")}
-                    for name, entry in _files(folder, made_from).items()
-                    if entry["made_from"]["stage"] != "release"
-                }
+                listed = {name: _digest_and_size(entry) for name, entry in copied.items()}
                 write_json(folder / BILL_OF_MATERIALS, bill_of_materials(recipe, inputs, listed))
-                manifest = _manifest(folder, identity, recipe, artifacts, made_from, inputs)
+                files = _files(folder, made_from, copied)
+                manifest = _manifest(identity, recipe, artifacts, files, inputs)
                 write_json(folder / MANIFEST, with_own_digest(manifest))
                 store.keep_for(root, artifacts.values())
                 edited = [problem for problem in problems if not problem.endswith("is missing.")]
@@ -156,9 +160,7 @@ def verify(root: Path) -> list[str]:
         UserError: the folder has no readable manifest.
     """
     root = Path(root)
-    manifest = read_manifest(root)
-    if manifest is None:
-        raise UserError(f"{root / MANIFEST}: is missing or no manifest of martlet; give a release folder.")
+    manifest = require_manifest(root)
     problems = []
     if not is_as_written(manifest, KEYS):
         problems.append(f"{root / MANIFEST}: is damaged (its SHA-256 is not the one in it).")
@@ -186,9 +188,7 @@ def verify_inputs(root: Path) -> list[str]:
         UserError: the folder has no readable manifest.
     """
     root = Path(root)
-    manifest = read_manifest(root)
-    if manifest is None:
-        raise UserError(f"{root / MANIFEST}: is missing or no manifest of martlet; give a release folder.")
+    manifest = require_manifest(root)
     inputs = manifest.get("inputs")
     problems = provenance.incomplete(inputs)
     if inputs is not None and not problems:
@@ -207,6 +207,57 @@ def verify_inputs(root: Path) -> list[str]:
         if recorded.get(name) != digest:
             problems.append(f"{root / BILL_OF_MATERIALS}: {name}: has another SHA-256 than in the manifest.")
     return problems
+
+
+def read_report(root: Path) -> dict[str, Any]:
+    """What ``report.json`` of a release says.
+
+    Raises:
+        UserError: there is no release, or its report is not the one in its manifest.
+    """
+    path, manifest = Path(root) / "report.json", require_manifest(Path(root))
+    try:
+        damaged = sha256_of_file(path) != manifest["files"]["report.json"]["sha256"]
+    except (OSError, KeyError):
+        damaged = True
+    if damaged:
+        raise UserError(f"{path}: is missing or damaged; ship the release again.")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def change_report(root: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Takes what was measured after a release was laid out into its two reports and its manifest.
+
+    Args:
+        root: the release.
+        change: changes what ``report.json`` says, in place.
+
+    Raises:
+        UserError: as ``read_report``.
+    """
+    root = Path(root)
+    facts = read_report(root)
+    change(facts)
+    page = report.render(facts)
+    manifest = require_manifest(root)
+    write_json(root / "report.json", facts)
+    write_text(root / "report.html", page)
+    for name in ("report.json", "report.html"):
+        path = root / name
+        manifest["files"][name] |= {"sha256": sha256_of_file(path), "bytes": path.stat().st_size}
+    write_json(root / MANIFEST, with_own_digest(manifest))
+
+
+def require_manifest(root: Path) -> dict[str, Any]:
+    """What ``manifest.json`` of a release says.
+
+    Raises:
+        UserError: there is none that can be read.
+    """
+    manifest = read_manifest(root)
+    if manifest is None:
+        raise UserError(f"{root / MANIFEST}: is missing or no manifest of martlet; give a release folder.")
+    return manifest
 
 
 def read_manifest(root: Path) -> dict[str, Any] | None:
@@ -339,11 +390,10 @@ def _free_name(root: Path) -> Path:
 
 
 def _manifest(
-    folder: Path,
     identity: str,
     recipe: Recipe,
     artifacts: Mapping[str, Artifact],
-    made_from: Mapping[str, Artifact],
+    files: dict[str, dict[str, Any]],
     inputs: dict[str, Any],
 ) -> dict[str, Any]:
     lineage = {}
@@ -361,17 +411,26 @@ def _manifest(
         "packages": report.packages(artifacts),
         "inputs": inputs,
         "lineage": lineage,
-        "files": _files(folder, made_from),
+        "files": files,
     }
 
 
-def _files(folder: Path, made_from: Mapping[str, Artifact]) -> dict[str, dict[str, Any]]:
-    """SHA-256, size and origin of every file that is there."""
+def _digest_and_size(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: entry[key] for key in ("sha256", "bytes")}
+
+
+def _files(
+    folder: Path, made_from: Mapping[str, Artifact], known: Mapping[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """SHA-256, size and origin of every file that is there; those that are known are not read again."""
     files = {}
     for path in sorted(folder.rglob("*")):
         if not path.is_file():
             continue
         name = path.relative_to(folder).as_posix()
+        if name in known:
+            files[name] = known[name]
+            continue
         source = made_from.get(name.split("/", 1)[0])
         origin = (
             {"stage": "release"}

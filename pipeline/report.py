@@ -1,38 +1,49 @@
 """The report: ``report.json`` and a page that needs nothing but itself."""
 
-import html
 import json
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import altair
-import jinja2
-import vl_convert
 import yaml
 from markupsafe import Markup
 
 from pipeline.artifacts import Artifact
+from pipeline.pages import (
+    BLUE,
+    FORMATS,
+    ORANGE,
+    SMALLEST_KL,
+    by_format,
+    kl_axis,
+    names_beside,
+    objectives_picture,
+    page_environment,
+    readable_number,
+    readable_percent,
+    readable_size,
+    size_axis,
+    svg,
+)
 from pipeline.recipe import Recipe
 
 SCHEMA = "martlet-report-1"
-FORMATS = ("gguf", "mlc", "onnx")
-BLUE, ORANGE, TEAL = "#3b82c4", "#c96a1e", "#1f9483"
-"""At least three to one against the page's paper, light and dark."""
-SMALLEST_KL = 1e-5
 TITLES = {
     "loss": "Training loss of each step. Objectives measure different things: compare shapes, not heights",
     "held_out_kl": "KL to the teacher during training, on a part of the held-out text",
     "t": "TAID's interpolation t of each step: 0 is the student itself, 1 the teacher",
+    "objectives": "KL(teacher ‖ student) on held-out text after training: a dot for each seed, a bar at the "
+    "mean",
     "fidelity": "Mean KL to the model against size. Lower and further left is better; below 1e-5 it is drawn "
     "at 1e-5",
     "speed": "Decode speed against size. Higher and further left is better",
     "pareto": "Size, mean KL and decode speed: the larger a mark, the faster the file. The line joins those "
     "that no other beats in both size and KL",
 }
-"""What each picture shows: its caption and its text for screen readers."""
+"""What each picture shows: its caption, and the beginning of its text for screen readers."""
 
 
 def collect(
@@ -86,8 +97,9 @@ def collect(
         else None,
         "merge": read("instruct", "evaluation.json")["merge"],
         "device": [entry for name in formats for entry in read(f"device_{name}", "device.json")],
-        # Filled by martlet phone, when devices send what they measured.
+        # Filled later: by martlet phone, when devices send what they measured, and by martlet compare.
         "phones": [],
+        "study": None,
         "tensor_types": {
             Path(entry["path"]).name: entry["tensor_types"] for entry in files if entry["tensor_types"]
         },
@@ -130,11 +142,15 @@ def packages(artifacts: Mapping[str, Artifact]) -> dict[str, str]:
 
 def render(facts: dict[str, Any]) -> str:
     """The page of a report, one HTML file without script and without any request."""
+    study = facts.get("study")
     return (
         page_environment()
         .get_template("report.html.jinja")
         .render(
             facts=facts,
+            study=study,
+            ranked=ranked(study) if study else [],
+            budgets=budgets(facts),
             failures=[sentence for entry in facts["fidelity"] for sentence in entry["failures"]],
             notes=notes(facts),
             reasons=reasons(facts),
@@ -144,26 +160,6 @@ def render(facts: dict[str, Any]) -> str:
             recipe_yaml=yaml.safe_dump(facts["recipe"], sort_keys=False, allow_unicode=True),
         )
     )
-
-
-def page_environment() -> jinja2.Environment:
-    """Templates of the project's pages, with the filters ``device``, ``facts``, ``size``, ``number`` and
-    ``percent``."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("pipeline", "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters |= {
-        "device": readable_device,
-        "facts": readable_facts,
-        "size": readable_size,
-        "number": readable_number,
-        "percent": readable_percent,
-    }
-    return environment
 
 
 def notes(facts: dict[str, Any]) -> list[str]:
@@ -202,22 +198,6 @@ def notes(facts: dict[str, Any]) -> list[str]:
         if entry["backend"]["fallbacks"]
     )
     return sentences
-
-
-def readable_facts(facts: dict[str, Any]) -> str:
-    """What a runtime was asked for, or has in use, in one line."""
-
-    def readable(value: Any) -> str:
-        return ", ".join(value) if isinstance(value, list) else str(value)
-
-    return "; ".join(f"{name.replace('_', ' ')}: {readable(value)}" for name, value in facts.items() if value)
-
-
-def readable_device(device: dict[str, Any]) -> str:
-    """A device that sent measurements, in a few words of its own."""
-    system = " ".join(part for part in (device["platform"], device["platform_version"]) if part)
-    words = [device["model"], system, f"{device['processors']} processors" if device["processors"] else None]
-    return ", ".join(word for word in words if word) or device["user_agent"] or "a device that tells nothing"
 
 
 def reasons(facts: dict[str, Any]) -> list[str]:
@@ -269,30 +249,41 @@ def talks(facts: dict[str, Any]) -> list[dict[str, Any]]:
     return pages
 
 
-def readable_percent(share: float | None, digits: int = 1) -> str:
-    """A share as per cent."""
-    return "–" if share is None else f"{100 * share:.{digits}f} %"
+def ranked(study: dict[str, Any]) -> list[dict[str, Any]]:
+    """The contenders of a comparison, the nearest to the teacher first."""
+    return sorted(study["contenders"], key=lambda entry: entry["mean"]["kl"])
 
 
-def readable_size(count: float) -> str:
-    """Bytes as people say them, in powers of ten."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit in ("B", "kB") or count >= 100 else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError
-
-
-def readable_number(value: float | None, digits: int = 3) -> str:
-    """A number with so many significant digits; what is small enough for an exponent has two of them."""
-    if value is None:
-        return "–"
-    if value == 0:
-        return "0"
-    if abs(value) < 1e-3:
-        return f"{value:.1e}".replace("e-0", "e-")
-    text = f"{value:#.{digits}g}"
-    return f"{value:,.0f}" if "e" in text or abs(value) >= 1000 else text.rstrip(".")
+def budgets(facts: dict[str, Any]) -> list[tuple[str, str, int | None, float | None]]:
+    """What the release was made with: [(stage, what it had, optimizer steps, seconds)]; None where a stage
+    has no steps, or its seconds were not kept."""
+    seconds = {entry["name"]: entry["seconds"] for entry in facts["stages"]}
+    recipe, distillation = facts["recipe"], facts["distillation"]
+    runs = [("distill", distillation)]
+    runs += [("control", distillation["control"])] if distillation["control"] else []
+    rows = [
+        (f"{role}, {run['objective']}", f"{run['tokens']:,} tokens", run["steps"], seconds.get(role))
+        for role, run in runs
+    ]
+    if recipe["pretrain"]:
+        rows.append(("pretrain", f"{recipe['pretrain']['tokens']:,} tokens", None, seconds.get("pretrain")))
+    conversations = facts["data"]["chats"]["splits"]["train"]["conversations"]
+    epochs = recipe["instruct"]["epochs"]
+    rows.append(
+        (
+            "instruct",
+            f"{conversations:,} conversations" + (f", {epochs:g} times" if epochs != 1 else ""),
+            len(facts["instruct"]["curve"]),
+            seconds.get("instruct"),
+        )
+    )
+    for kind, work in (
+        ("fidelity", f"{recipe['validate']['tokens']:,} held-out tokens a file"),
+        ("device", f"{recipe['bench']['repetitions']} repetitions a file"),
+    ):
+        spent = [value for role, value in seconds.items() if role.startswith(f"{kind}_")]
+        rows.append(("gates" if kind == "fidelity" else "measurements", work, None, sum(spent) or None))
+    return [*rows, ("all stages", "", None, sum(seconds.values()))]
 
 
 def charts(facts: dict[str, Any]) -> dict[str, Markup]:
@@ -301,40 +292,67 @@ def charts(facts: dict[str, Any]) -> dict[str, Markup]:
     runs = {distillation["objective"]: distillation["curve"]}
     if distillation["control"]:
         runs["control: cross-entropy only"] = distillation["control"]["curve"]
-    curve = [{**point, "run": run} for run, points in runs.items() for point in points]
-    pictures: dict[str, altair.Chart | altair.LayerChart | None] = {
-        "loss": _curves(curve, list(runs), "loss", "training loss, nats"),
-        "held_out_kl": _curves(curve, list(runs), "held_out_kl", "held-out KL, nats"),
-        "t": _curves(curve, list(runs), "t", "t"),
-    }
+    found = {}
+    for field, axis in (("loss", "training loss, nats"), ("held_out_kl", "held-out KL, nats"), ("t", "t")):
+        lines = {
+            run: [point for point in points if point.get(field) is not None] for run, points in runs.items()
+        }
+        lines = {run: points for run, points in lines.items() if points}
+        if lines:
+            told = "; ".join(
+                f"{run} from {readable_number(points[0][field])} to {readable_number(points[-1][field])}"
+                for run, points in lines.items()
+            )
+            found[field] = svg(_curves(lines, field, axis), f"{TITLES[field]}. {told}")
+    if facts.get("study"):
+        contenders = ranked(facts["study"])
+        told = "; ".join(f"{entry['label']} {readable_number(entry['mean']['kl'])}" for entry in contenders)
+        found["objectives"] = objectives_picture(contenders, f"{TITLES['objectives']}. Means: {told}")
     speed = {entry["file"]: entry["decode_tokens_per_s"] for entry in facts["device"]}
     files = [
         {
             "quantization": entry["quantization"],
             "format": entry["format"],
             "megabytes": entry["bytes"] / 1e6,
-            # The axis is logarithmic; what is below this is rounding, not quantization.
             "mean_kl": None if entry["mean_kl"] is None else max(entry["mean_kl"], SMALLEST_KL),
             "speed": speed.get(entry["file"]),
         }
         for entry in facts["fidelity"]
     ]
-    pictures["fidelity"] = _files(files, "mean_kl", "mean KL to the model, nats", "log")
-    pictures["speed"] = _files(files, "speed", "decode, tokens/s", "linear")
-    pictures["pareto"] = _pareto([file for file in files if file["mean_kl"] and file["speed"]])
-    return {name: svg(chart, TITLES[name]) for name, chart in pictures.items() if chart is not None}
+    judged = [file for file in files if file["mean_kl"] is not None]
+    timed = [file for file in files if file["speed"] is not None]
+    if judged:
+        found["fidelity"] = svg(_files(judged, "mean_kl", kl_axis(14)), _told("fidelity", judged, "mean_kl"))
+    if timed:
+        axis = altair.Y("speed:Q", title="decode, tokens/s", axis=altair.Axis(tickCount=5))
+        found["speed"] = svg(_files(timed, "speed", axis), _told("speed", timed, "speed"))
+    both = [file for file in judged if file in timed]
+    if len(both) > 1:
+        told = _told("pareto", both, "mean_kl", "speed")
+        found["pareto"] = svg(_pareto(both, wide=True), told)
+        found["pareto_narrow"] = svg(_pareto(both, wide=False), told)
+    return found
 
 
-def _curves(points: list[dict[str, Any]], runs: list[str], field: str, title: str) -> altair.Chart | None:
+def _told(picture: str, files: list[dict[str, Any]], *fields: str) -> str:
+    """A picture of files in words."""
+    words = {"mean_kl": "KL {}", "speed": "{} tokens/s"}
+    entries = (
+        f"{file['format']} {file['quantization']}: {readable_size(file['megabytes'] * 1e6)}, "
+        + ", ".join(words[field].format(readable_number(file[field])) for field in fields)
+        for file in files
+    )
+    return f"{TITLES[picture]}. {'; '.join(entries)}"
+
+
+def _curves(lines: dict[str, list[dict[str, Any]]], field: str, title: str) -> altair.Chart:
     """A value over the training tokens, one line a run, told apart by colour and by dashes."""
     values = [
-        {"tokens": point["tokens"], field: point[field], "run": point["run"]}
+        {"tokens": point["tokens"], field: point[field], "run": run}
+        for run, points in lines.items()
         for point in points
-        if point.get(field) is not None
     ]
-    if not values:
-        return None
-    runs = [run for run in runs if any(value["run"] == run for value in values)]
+    runs = list(lines)
     legend = altair.Legend(title=None, orient="top", symbolStrokeWidth=2.5, labelLimit=300)
     # A line of one point would be invisible.
     lonely = len(values) < 2 * len(runs)
@@ -354,55 +372,23 @@ def _curves(points: list[dict[str, Any]], runs: list[str], field: str, title: st
                 legend=legend,
             ),
         )
-        .properties(width=390, height=230)
+        .properties(width=300, height=210)
     )
 
 
-def _files(
-    files: list[dict[str, Any]], field: str, title: str, scale: Literal["log", "linear"]
-) -> altair.LayerChart | None:
+def _files(files: list[dict[str, Any]], field: str, y: altair.Y) -> altair.LayerChart:
     """A value of each exported file over its size, told apart by colour, shape and name."""
-    # Neighbours have their names on opposite sides, so that these do not cover each other.
-    ranked = sorted((entry for entry in files if entry[field] is not None), key=lambda entry: entry[field])
-    values = [{**entry, "left": rank % 2 == 1} for rank, entry in enumerate(ranked)]
-    if not values:
-        return None
-    formats = [name for name in FORMATS if any(entry["format"] == name for entry in values)]
-    colours = dict(zip(FORMATS, (BLUE, TEAL, ORANGE), strict=True))
-    shapes = dict(zip(FORMATS, ("circle", "square", "triangle-up"), strict=True))
-    legend = altair.Legend(title=None, orient="top")
-    axis = altair.Axis(tickCount=5, format=".0e") if scale == "log" else altair.Axis(tickCount=5)
-    vertical = altair.Scale(type=scale, padding=14) if scale == "log" else altair.Scale(zero=True)
-    base = altair.Chart(altair.Data(values=values)).encode(
-        x=altair.X(
-            "megabytes:Q",
-            title="size, MB",
-            scale=altair.Scale(type="log", nice=False, padding=56),
-            axis=altair.Axis(tickCount=6, format=",.3~r"),
-        ),
-        y=altair.Y(f"{field}:Q", title=title, scale=vertical, axis=axis),
-    )
-    dots = base.mark_point(size=80, filled=True, opacity=1).encode(
-        color=altair.Color(
-            "format:N",
-            scale=altair.Scale(domain=formats, range=[colours[name] for name in formats]),
-            legend=legend,
-        ),
-        shape=altair.Shape(
-            "format:N",
-            scale=altair.Scale(domain=formats, range=[shapes[name] for name in formats]),
-            legend=legend,
-        ),
-    )
-    left = base.transform_filter("datum.left").mark_text(
-        align="right", dx=-9, fontSize=12, color="currentColor"
-    )
-    right = base.transform_filter("!datum.left").mark_text(
-        align="left", dx=9, fontSize=12, color="currentColor"
-    )
-    name = altair.Text("quantization:N")
-    pictures = altair.LayerChart(layer=[dots, left.encode(text=name), right.encode(text=name)])
-    return pictures.properties(width=390, height=290)
+    values = _sides(files, field)
+    base = altair.Chart(altair.Data(values=values)).encode(x=size_axis(58), y=y)
+    dots = base.mark_point(size=80, filled=True, opacity=1).encode(**by_format(values))
+    layers = altair.LayerChart(layer=[dots, *names_beside(base, "quantization", 9)])
+    return layers.properties(width=300, height=270)
+
+
+def _sides(files: list[dict[str, Any]], field: str) -> list[dict[str, Any]]:
+    """The files with ``left``: names of neighbours in a field stand on opposite sides of their marks."""
+    ordered = sorted(files, key=lambda entry: entry[field])
+    return [{**entry, "left": rank % 2 == 1} for rank, entry in enumerate(ordered)]
 
 
 def pareto_front(files: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -414,85 +400,33 @@ def pareto_front(files: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return front
 
 
-def _pareto(files: list[dict[str, Any]]) -> altair.LayerChart | None:
-    """Mean KL over size, marks as large as the file is fast, with the line of the best."""
-    if len(files) < 2:
-        return None
-    x = altair.X(
-        "megabytes:Q",
-        title="size, MB",
-        scale=altair.Scale(type="log", nice=False, padding=125),
-        axis=altair.Axis(tickCount=6, format=",.3~r"),
-    )
-    y = altair.Y(
-        "mean_kl:Q",
-        title="mean KL to the model, nats",
-        scale=altair.Scale(type="log", padding=24),
-        axis=altair.Axis(tickCount=5, format=".0e"),
-    )
-    formats = [name for name in FORMATS if any(entry["format"] == name for entry in files)]
-    colours = dict(zip(FORMATS, (BLUE, TEAL, ORANGE), strict=True))
+def _pareto(files: list[dict[str, Any]], wide: bool) -> altair.LayerChart:
+    """Mean KL over size, marks as large as the file is fast, with the line of the best.
+
+    Args:
+        files: with ``mean_kl`` and ``speed``.
+        wide: with the speeds beside the names, for which a phone has no room.
+    """
+    values = [
+        {
+            **entry,
+            "label": entry["quantization"] + (f", {readable_number(entry['speed'])} tok/s" if wide else ""),
+        }
+        for entry in _sides(files, "mean_kl")
+    ]
+    x, y = size_axis(130 if wide else 62), kl_axis(24)
     line = (
         altair.Chart(altair.Data(values=pareto_front(files)))
         .mark_line(color="currentColor", strokeDash=[4, 3], strokeWidth=1.5, opacity=0.6)
         .encode(x=x, y=y)
     )
-    ranked = sorted(files, key=lambda entry: entry["mean_kl"])
-    values = [
-        {
-            **entry,
-            "label": f"{entry['quantization']}, {readable_number(entry['speed'])} tok/s",
-            "left": rank % 2 == 1,
-        }
-        for rank, entry in enumerate(ranked)
-    ]
     base = altair.Chart(altair.Data(values=values)).encode(x=x, y=y)
     fastest = max(entry["speed"] for entry in files)
-    marks = base.mark_circle(opacity=0.8).encode(
+    marks = base.mark_point(filled=True, opacity=0.85).encode(
         size=altair.Size(
             "speed:Q", scale=altair.Scale(domain=[0, fastest], range=[20, 300], zero=True), legend=None
         ),
-        color=altair.Color(
-            "format:N",
-            scale=altair.Scale(domain=formats, range=[colours[name] for name in formats]),
-            legend=altair.Legend(title=None, orient="top"),
-        ),
+        **by_format(values),
     )
-    left = base.transform_filter("datum.left").mark_text(
-        align="right", dx=-13, fontSize=12, color="currentColor"
-    )
-    right = base.transform_filter("!datum.left").mark_text(
-        align="left", dx=13, fontSize=12, color="currentColor"
-    )
-    name = altair.Text("label:N")
-    layers = altair.LayerChart(layer=[line, marks, left.encode(text=name), right.encode(text=name)])
-    return layers.properties(width=620, height=360)
-
-
-def svg(chart: altair.Chart | altair.LayerChart | altair.FacetChart, title: str) -> Markup:
-    """The SVG of a chart. Text and axes take the colour of the page, so that they suit light and dark."""
-    ink = "currentColor"
-    styled = chart.properties(background="transparent").configure(
-        font="system-ui, sans-serif",
-        view=altair.ViewConfig(stroke=None),
-        axis=altair.AxisConfig(
-            labelColor=ink,
-            titleColor=ink,
-            domainColor=ink,
-            tickColor=ink,
-            gridColor=ink,
-            gridOpacity=0.14,
-            domainOpacity=0.5,
-            tickOpacity=0.5,
-            labelFontSize=12,
-            titleFontSize=12,
-            titleFontWeight="normal",
-            titlePadding=8,
-        ),
-        legend=altair.LegendConfig(labelColor=ink, labelFontSize=12, columnPadding=16),
-    )
-    picture = vl_convert.vegalite_to_svg(styled.to_dict())
-    label = html.escape(title, quote=True)
-    # As one picture with a name; the hundreds of marks inside would only be noise to a screen reader.
-    opening, rest = picture.split(">", 1)
-    return Markup(f'{opening} role="img" aria-label="{label}"><title>{label}</title>{rest}')
+    layers = altair.LayerChart(layer=[line, marks, *names_beside(base, "label", 13)])
+    return layers.properties(width=620 if wide else 300, height=360 if wide else 300)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from copy import deepcopy
@@ -13,8 +14,9 @@ import jsonschema
 import pytest
 from release_artifacts import example_artifacts, example_recipe, example_stage_times
 
-from pipeline import release, report
+from pipeline import compare, pages, release, report
 from pipeline.artifacts import Store
+from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -232,22 +234,118 @@ def test_page_is_well_formed_and_accessible(page: str) -> None:
     )
     assert len(outline.ids) == len(set(outline.ids))
     assert set(outline.labelled) <= set(outline.ids)
-    assert len(outline.charts) == 6
+    assert len(outline.charts) == 7
     assert all(chart["role"] == "img" and chart["aria-label"] for chart in outline.charts)
     assert page.count("<th scope=") == len(re.findall(r"<th\b", page))
 
 
 def test_pictures_show_every_file_and_both_runs(facts: dict[str, Any]) -> None:
     charts = report.charts(facts)
-    assert set(charts) == {"loss", "held_out_kl", "t", "fidelity", "speed", "pareto"}
+    assert set(charts) == {"loss", "held_out_kl", "t", "fidelity", "speed", "pareto", "pareto_narrow"}
     words = {name: set(ElementTree.fromstring(svg).itertext()) for name, svg in charts.items()}
     for name in ("fidelity", "speed"):
         assert {entry["quantization"] for entry in facts["fidelity"]} <= words[name]
     for entry, file in zip(facts["device"], facts["fidelity"], strict=True):
-        speed = report.readable_number(entry["decode_tokens_per_s"])
+        speed = pages.readable_number(entry["decode_tokens_per_s"])
         assert f"{file['quantization']}, {speed} tok/s" in words["pareto"]
+        assert file["quantization"] in words["pareto_narrow"]
     assert {"taid", "control: cross-entropy only"} <= words["loss"] & words["held_out_kl"]
     assert "control: cross-entropy only" not in words["t"]
+
+
+def test_pictures_are_told_in_words(facts: dict[str, Any]) -> None:
+    named = {
+        name: ElementTree.fromstring(svg).attrib["aria-label"] for name, svg in report.charts(facts).items()
+    }
+    assert "taid from 4.13 to 2.06; control: cross-entropy only from" in named["loss"]
+    assert "gguf q4_k_m: 81.0 MB, KL 0.0480, 61.2 tokens/s" in named["pareto"]
+    assert all(entry["quantization"] in named["fidelity"] for entry in facts["fidelity"])
+
+
+def test_budgets_tell_what_each_stage_had(page: str, facts: dict[str, Any]) -> None:
+    rows = {name: rest for name, *rest in report.budgets(facts)}
+    assert rows["distill, taid"][:2] == ["61,440 tokens", 60]
+    assert rows["control, cross_entropy"][:2] == ["61,440 tokens", 60]
+    assert rows["instruct"][:2] == ["120 conversations", 2]
+    assert rows["all stages"][2] == pytest.approx(sum(stage["seconds"] for stage in facts["stages"]))
+    assert "2,048 held-out tokens a file" in text_of(page)
+
+
+def test_every_file_leads_to_the_result_that_it_is_a_part_of(released: Path, facts: dict[str, Any]) -> None:
+    manifest = json.loads((released / "manifest.json").read_text(encoding="utf-8"))
+    models = {
+        name: entry for name, entry in manifest["files"].items() if entry["made_from"]["stage"] != "release"
+    }
+    assert {file["file"] for file in facts["files"]} == set(models)
+    for file in facts["files"]:
+        entry, result = models[file["file"]], facts["lineage"][file["role"]]
+        assert (file["sha256"], file["bytes"]) == (entry["sha256"], entry["bytes"])
+        assert (result["key"], result["digest"]) == (entry["made_from"]["key"], entry["made_from"]["digest"])
+
+
+@pytest.fixture
+def comparison() -> dict[str, Any]:
+    """What ``pipeline.compare.run`` gives, of two objectives and two seeds; numbers of docs/log.md's size."""
+    measured = {"cross_entropy": 4.3, "reverse_kl": 1.2, "same_top": 0.5, "rouge_l": 0.2, "head_mass": 0.2}
+    contenders = []
+    for label, kls in (("forward_kl", (1.03, 1.05)), ("taid", (1.01, 1.02))):
+        runs = [{"seed": seed, "kl": kl, "curve": [], **measured} for seed, kl in enumerate(kls)]
+        contenders.append(
+            {
+                "label": label,
+                "objective": label,
+                "settings": {},
+                "mean": {"kl": sum(kls) / 2, **measured},
+                "spread": {"kl": 0.01, **dict.fromkeys(measured, 0.001)},
+                "kl_difference": compare.paired_difference(runs, contenders[0]["runs"], "kl")
+                if contenders
+                else {"mean": 0.0, "standard_error": 0.0},
+                "runs": runs,
+            }
+        )
+    before = {"kl": 2.36, **measured}
+    numbers = {"seeds": [0, 1], "tokens": 12_288, "steps": 12, "held_out_tokens": 10_200}
+    return {**numbers, "before": before, "teacher": {"cross_entropy": 3.58}, "contenders": contenders}
+
+
+def test_a_comparison_of_objectives_enters_the_report(
+    released: Path, comparison: dict[str, Any], validator: Any, tmp_path: Path
+) -> None:
+    copy = tmp_path / "release"
+    shutil.copytree(released, copy)
+    compare.require_same_start(example_recipe(), copy)
+    compare.show_in_report(comparison, copy)
+    assert release.verify(copy) == []
+    shown = json.loads((copy / "report.json").read_text(encoding="utf-8"))
+    assert validator.is_valid(shown)
+    assert "curve" not in json.dumps(shown["study"])
+    text = text_of((copy / "report.html").read_text(encoding="utf-8"))
+    study = text.split("Objectives compared", 1)[1].split("Is every file the model?")[0]
+    assert "12,288 tokens in 12 steps" in study
+    assert re.search(r"taid 1\.015 ± 0\.010 .*-0\.0250 ± 0\.0050 forward_kl 1\.040", study)
+    words = set(ElementTree.fromstring(report.charts(shown)["objectives"]).itertext())
+    assert {"taid", "forward_kl"} <= words
+
+
+def test_a_comparison_of_another_student_does_not(released: Path, tmp_path: Path) -> None:
+    for changes, key in (
+        ({"seed": 8}, "seed"),
+        ({"student": {"prune": {"layers": 15}}}, "student"),
+        ({"teacher": {"model": "someone/other"}}, r"teacher\.model"),
+    ):
+        with pytest.raises(UserError, match=f"--release: .* another {key} than"):
+            compare.require_same_start(example_recipe(**changes), released)
+    with pytest.raises(UserError, match="is no release of martlet"):
+        compare.require_same_start(example_recipe(), tmp_path)
+
+
+def test_a_damaged_report_is_not_added_to(released: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "release"
+    shutil.copytree(released, copy)
+    with (copy / "report.json").open("a") as file:
+        file.write(" ")
+    with pytest.raises(UserError, match=r"report\.json: is missing or damaged"):
+        release.change_report(copy, lambda facts: None)
 
 
 def test_a_failed_gate_is_the_first_thing_said(facts: dict[str, Any]) -> None:
@@ -302,14 +400,14 @@ def test_a_report_without_control_t_and_pruning(facts: dict[str, Any], validator
     ],
 )
 def test_readable_number(value: float | None, shown: str) -> None:
-    assert report.readable_number(value) == shown
+    assert pages.readable_number(value) == shown
 
 
 @pytest.mark.parametrize(
     ("value", "shown"), [(12, "12 B"), (4_200, "4 kB"), (81_000_000, "81.0 MB"), (2_500_000_000, "2.5 GB")]
 )
 def test_readable_size(value: int, shown: str) -> None:
-    assert report.readable_size(value) == shown
+    assert pages.readable_size(value) == shown
 
 
 @pytest.fixture(scope="module")
@@ -347,15 +445,58 @@ def test_in_chromium(browser: Any, released: Path, tmp_path: Path, width: int, s
         assert tab.evaluate("document.documentElement.scrollWidth") == width, "the page scrolls sideways"
         # What decides stands on the first screen.
         assert tab.locator(".verdict").bounding_box()["y"] < 844 / 2
-        for chart in tab.locator("svg").all():
+        charts = [chart for chart in tab.locator("svg").all() if chart.is_visible()]
+        assert len(charts) == 6
+        for chart in charts:
             box = chart.bounding_box()
             assert box["width"] > 250
             assert box["x"] + box["width"] <= width
+        assert tab.evaluate(LETTERS) >= 9.5, "words of a picture are too small to read"
         low = tab.evaluate(CONTRAST)
         assert low == [], "text without enough contrast"
     finally:
         tab.close()
 
+
+def test_keys_reach_everything_and_show_where_they_are(browser: Any, released: Path) -> None:
+    tab = browser.new_page(viewport={"width": 390, "height": 844})
+    tab.goto((released / "report.html").as_uri())
+    try:
+        wanted = tab.locator("a[href], summary, [tabindex='0']").evaluate_all(
+            "all => all.filter(e => e.checkVisibility()).length"
+        )
+        reached = 0
+        for _ in range(wanted):
+            tab.keyboard.press("Tab")
+            outline = tab.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+            reached += tab.evaluate("document.activeElement !== document.body")
+            assert outline != "none"
+        assert reached == wanted > 20
+    finally:
+        tab.close()
+
+
+def test_paper_shows_what_is_folded_on_a_screen(browser: Any, released: Path) -> None:
+    tab = browser.new_page()
+    tab.goto((released / "report.html").as_uri())
+    try:
+        hidden = (
+            "[...document.querySelectorAll('details table, details pre')].filter(e => !e.checkVisibility())"
+        )
+        assert tab.evaluate(f"{hidden}.length") > 0
+        tab.emulate_media(media="print")
+        assert tab.evaluate(f"{hidden}.length") == 0
+        # A4 less its margins, at 96 pixels an inch: no table may leave the sheet.
+        tab.set_viewport_size({"width": 718, "height": 1000})
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 718
+    finally:
+        tab.close()
+
+
+# Pixels of the smallest letters in the pictures that are shown.
+LETTERS = """() => Math.min(...[...document.querySelectorAll('svg text')]
+  .filter((text) => text.checkVisibility() && text.textContent.trim())
+  .map((text) => parseFloat(getComputedStyle(text).fontSize) * text.getScreenCTM().d))"""
 
 # WCAG 2.1 contrast of every text against the first opaque ground behind it; below 4.5 is listed.
 CONTRAST = """() => {
