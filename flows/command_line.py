@@ -253,13 +253,7 @@ def validate(
     """
     from pipeline.release import verify
 
-    problems = verify(release)
-    if as_json:
-        print(json.dumps({"release": str(release), "problems": problems}))
-    if problems:
-        raise GateFailed(problems[0] + (f" ({len(problems) - 1} more.)" if len(problems) > 1 else ""))
-    if not as_json:
-        print(f"{release}: every file is as the manifest says.")
+    tell_problems(release, verify(release), "every file is", as_json)
 
 
 @app.command()
@@ -328,12 +322,7 @@ def verify(
     from pipeline.release import verify_inputs
 
     problems = damaged(release) + verify_inputs(release)
-    if as_json:
-        print(json.dumps({"release": str(release), "problems": problems}))
-    if problems:
-        raise GateFailed(problems[0] + (f" ({len(problems) - 1} more.)" if len(problems) > 1 else ""))
-    if not as_json:
-        print(f"{release}: every file, the inputs and the bill of materials are as the manifest says.")
+    tell_problems(release, problems, "every file, the inputs and the bill of materials are", as_json)
 
 
 @app.command()
@@ -419,6 +408,26 @@ def phone(
     from pipeline.phone import serve
 
     serve(release, lan=lan, port=port, say=lambda line: print(line, flush=True), address=address)
+
+
+def tell_problems(release: Path, problems: list[str], fine: str, as_json: bool) -> None:
+    """Says whether a release is as its manifest says.
+
+    Args:
+        release: release folder.
+        problems: a sentence each.
+        fine: what "as the manifest says" is said of without any.
+        as_json: print all as JSON.
+
+    Raises:
+        GateFailed: there are problems; the sentence is the first.
+    """
+    if as_json:
+        print(json.dumps({"release": str(release), "problems": problems}))
+    if problems:
+        raise GateFailed(problems[0] + (f" ({len(problems) - 1} more.)" if len(problems) > 1 else ""))
+    if not as_json:
+        print(f"{release}: {fine} as the manifest says.")
 
 
 def check_before_opening(model: Path) -> None:

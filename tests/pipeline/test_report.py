@@ -335,7 +335,7 @@ def test_a_comparison_of_another_student_does_not(released: Path, tmp_path: Path
     ):
         with pytest.raises(UserError, match=f"--release: .* another {key} than"):
             compare.require_same_start(example_recipe(**changes), released)
-    with pytest.raises(UserError, match="is no release of martlet"):
+    with pytest.raises(UserError, match="is missing or no manifest of martlet"):
         compare.require_same_start(example_recipe(), tmp_path)
 
 
