@@ -58,7 +58,7 @@ def commands() -> str:
     """Every command with its arguments and options."""
     lines = ["# Commands", "", "Generated from the program; `martlet COMMAND --help` says the same."]
     group: Any = typer.main.get_command(app)
-    for name, command in group.commands.items():
+    for name, command in leaves(group, ""):
         about, _, example = (command.help or "").partition("Example:")
         lines += ["", f"## martlet {name}", "", about.strip(), ""]
         lines += ["```", example.strip(), "```", ""] if example else []
@@ -75,6 +75,15 @@ def commands() -> str:
                 default = "required"
             lines.append(f"| `{names}` | {default} | {getattr(parameter, 'help', None) or ''} |")
     return "\n".join(lines) + "\n"
+
+
+def leaves(group: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """The commands of a group and of the groups in it, with their whole names."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from leaves(command, f"{prefix}{name} ")
+        else:
+            yield f"{prefix}{name}", command
 
 
 def recipe() -> str:

@@ -758,6 +758,8 @@ def run(command: Callable[[], Any]) -> int:
 
 def main() -> None:
     """Entry point of the ``martlet`` command."""
+    # Libraries' own bars would stand between our lines; tqdm reads this when it is imported.
+    os.environ.setdefault("TQDM_DISABLE", "1")
 
     def command() -> None:
         try:

@@ -181,6 +181,21 @@ def test_the_shell_completes_commands_and_values() -> None:
     assert completions("martlet export model --format ", 4) == {"gguf", "mlc", "onnx"}
 
 
+def test_bars_of_libraries_stay_away() -> None:
+    program = """if True:
+        import sys
+        from flows.command_line import main
+        sys.argv = ["martlet"]
+        try:
+            main()
+        except SystemExit:
+            from tqdm.auto import tqdm
+            assert list(tqdm(range(3))) == [0, 1, 2]
+    """
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert (finished.returncode, finished.stderr) == (0, "")
+
+
 @pytest.fixture(scope="module")
 def tiny_gguf(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
     folder = tmp_path_factory.mktemp("chat") / "files"
