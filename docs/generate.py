@@ -21,7 +21,7 @@ from taid import AdaptiveInterpolation
 ROOT = Path(__file__).parents[1]
 MODULES = {
     "taid": ("objectives", "schedule", "fused", "teacher", "student", "trainer", "generated", "vocabulary"),
-    "export": ("gguf", "mlc", "onnx", "ollama", "quantizations", "runtime", "errors"),
+    "export": ("gguf", "mlc", "onnx", "ollama", "quantizations", "tensors", "runtime", "errors"),
 }
 
 

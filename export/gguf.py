@@ -4,7 +4,6 @@ import json
 import os
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -183,22 +182,6 @@ def tensor_type_of_each(path: Path) -> dict[str, str]:
     from gguf import GGUFReader
 
     return {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(path).tensors}
-
-
-def tensor_types(path: Path) -> dict[str, int]:
-    """How many tensors of a GGUF file are stored in each type: what a quantization's name really means here,
-    since rows that are not divisible by 256 fall back to other types."""
-    return dict(Counter(tensor_type_of_each(path).values()).most_common())
-
-
-def tensor_kinds(path: Path) -> dict[str, dict[str, int]]:
-    """Of each kind of tensor (``attn_q``, ``token_embd``, ...), how many are stored in which type."""
-    kinds: dict[str, Counter[str]] = {}
-    for name, tensor_type in tensor_type_of_each(path).items():
-        parts = name.split(".")
-        kind = parts[2] if parts[0] == "blk" else parts[0]
-        kinds.setdefault(kind, Counter())[tensor_type] += 1
-    return {kind: dict(counts.most_common()) for kind, counts in kinds.items()}
 
 
 def _write_card(path: Path, metadata: Mapping[str, Any]) -> None:

@@ -7,11 +7,12 @@ from typing import Any
 from safetensors.numpy import load_file
 
 from export.errors import ExportError
-from export.gguf import export_gguf, tensor_kinds, tensor_types
+from export.gguf import export_gguf
 from export.importance import gguf_importance
 from export.mlc import export_mlc
 from export.onnx import export_onnx
 from export.quantizations import GGUF_UNWEIGHTED
+from export.tensors import tensor_kinds, tensor_types
 from pipeline.artifacts import Artifact, Store, write_json
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
@@ -103,8 +104,8 @@ def run(
                     "format": format,
                     "quantization": quantization,
                     "bytes": size_of(path),
-                    "tensor_types": tensor_types(path) if format == "gguf" else None,
-                    "tensor_kinds": tensor_kinds(path) if format == "gguf" else None,
+                    "tensor_types": tensor_types(path),
+                    "tensor_kinds": tensor_kinds(path),
                     "importance_matrix": importance is not None and quantization not in GGUF_UNWEIGHTED,
                 }
                 for path, quantization in zip(paths, quantizations, strict=True)

@@ -20,10 +20,10 @@ from export.gguf import (
     quantize_gguf,
     stage_model,
     tensor_type_of_each,
-    tensor_types,
 )
 from export.llama_cpp_runtime import LlamaCppRuntime
 from export.runtime import generate_greedily
+from export.tensors import tensor_kinds, tensor_types
 from export.torch_runtime import TorchRuntime
 
 PRE_TOKENIZER = "smollm"
@@ -156,6 +156,10 @@ def test_types_of_tensors_are_what_the_file_holds(gguf_files: dict[str, Path]) -
     # Rows of 128 are not divisible by 256, so the k-quant in the name falls back for most tensors.
     assert each["blk.0.attn_q.weight"] == "Q5_0"
     assert each["blk.0.ffn_down.weight"].endswith("_K")
+    kinds = tensor_kinds(gguf_files["q4_k_m"])
+    assert kinds["attn_q"] == {"Q5_0": 4}
+    assert kinds["output_norm"] == {"F32": 1}
+    assert sum(sum(types.values()) for types in kinds.values()) == len(each)
 
 
 def test_unknown_quantization(tiny_model_dir: Path, tmp_path: Path) -> None:

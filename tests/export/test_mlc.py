@@ -32,6 +32,7 @@ from export.mlc import (
 )
 from export.mlc_model import TARGETS, blocked_kernel, exponential, vector_kernel
 from export.mlc_runtime import CHUNK, MlcRuntime
+from export.tensors import tensor_types
 from export.torch_runtime import TorchRuntime
 
 GOLDEN = Path(__file__).parent / "golden" / "mlc"
@@ -202,6 +203,13 @@ def test_unquantized_file_is_the_model(exported: Callable[[str], Path], referenc
     reference.reset()
     expected = torch.from_numpy(reference.forward(ids)).log_softmax(-1)
     assert (expected.exp() * (expected - found)).sum(-1).mean() < 1e-3
+
+
+def test_types_of_tensors(exported: Callable[[str], Path]) -> None:
+    # Four matrices of each of four layers (queries, keys and values in one, gate and up in one) and the
+    # embedding; two norms a layer and the last one.
+    assert tensor_types(exported("q4f32_1")) == {"q4f32_1": 4 * 4 + 1, "bfloat16": 2 * 4 + 1}
+    assert tensor_types(exported("q0f32")) == {"bfloat16": 4 * 6 + 2}
 
 
 def test_qwen2_with_biases_and_padded_vocabulary(tiny_tokenizer, tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """ONNX export: judged by torch's logits, the Hugging Face tokenizer, onnx's checker and GenAI."""
 
 import json
+import re
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from export.errors import ExportError
 from export.onnx import FILE_NAMES, _check_rope, export_onnx
 from export.onnx_runtime import GenaiTokenizer, OnnxRuntime, genai_greedy
 from export.runtime import generate_greedily
+from export.tensors import tensor_types, type_of_each
 
 CONVERSATIONS = [
     [{"role": "user", "content": content}]
@@ -234,3 +237,29 @@ def test_large_floats_are_kept_in_half_and_computed_in_single(exported: Path) ->
     assert max(sizes["int8"], sizes["int4"]) < 4000
     file = exported / "onnx"
     assert (file / "model_fp16.onnx").stat().st_size < 0.6 * (file / "model.onnx").stat().st_size
+
+
+def test_types_of_tensors_add_up_to_the_file(exported: Path) -> None:
+    """What the types say that every tensor takes is what the graph's weights take on disk."""
+    numbers = {}
+    for precision, file in FILE_NAMES.items():
+        graph = onnx.load(exported / "onnx" / file).graph
+        sizes = {tensor.name: len(tensor.raw_data) for tensor in graph.initializer}
+        types = type_of_each(exported / "onnx" / file)
+        assert tensor_types(exported / "onnx" / file) == dict(Counter(types.values()).most_common())
+        numbers[precision] = len(types)
+        whole = {"float32": 4, "float16": 2}
+        for name, tensor_type in types.items():
+            dims = next(tensor.dims for tensor in graph.initializer if tensor.name == name)
+            if tensor_type in whole:
+                assert sizes[name] == whole[tensor_type] * np.prod(dims)
+            else:
+                bits = re.fullmatch(r"int([48]), blocks of 32", tensor_type)
+                assert bits
+                if len(dims) == 3:  # [rows, blocks, bytes of a block]
+                    assert dims[2] * 8 == int(bits[1]) * 32
+    # Four layers of seven matrices and two norms, the embedding (and head), the last norm.
+    assert numbers["fp32"] >= 4 * 6 + 2
+    assert set(tensor_types(exported / "onnx" / FILE_NAMES["fp32"])) == {"float32"}
+    assert "int4, blocks of 32" in tensor_types(exported / "onnx" / FILE_NAMES["int4"])
+    assert "int8, blocks of 32" in tensor_types(exported / "onnx" / FILE_NAMES["int8"])

@@ -1,0 +1,87 @@
+"""What an exported file really holds: the type of each of its tensors, whatever its quantization is called."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+from export.gguf import tensor_type_of_each
+
+LAYER = re.compile(r"\b(?:blk|layers|h)\.\d+\.")
+"""The part of a tensor's name that says which layer it is of."""
+
+
+def tensor_types(path: Path) -> dict[str, int]:
+    """How many tensors of a file are stored in each type, the most frequent first.
+
+    Args:
+        path: a GGUF file, an ONNX file or an MLC folder.
+    """
+    return dict(Counter(type_of_each(path).values()).most_common())
+
+
+def tensor_kinds(path: Path) -> dict[str, dict[str, int]]:
+    """Of each kind of tensor (``attn_q``, ``token_embd``, ...), how many are stored in which type.
+
+    Args:
+        path: as of ``tensor_types``.
+    """
+    kinds: dict[str, Counter[str]] = {}
+    for name, tensor_type in type_of_each(path).items():
+        kind = LAYER.sub("", name).removeprefix("model.").removesuffix(".weight")
+        kinds.setdefault(kind, Counter())[tensor_type] += 1
+    return {kind: dict(counts.most_common()) for kind, counts in kinds.items()}
+
+
+def type_of_each(path: Path) -> dict[str, str]:
+    """The type of every tensor of weights, by its name in the file. Scales and zero points of quantized
+    tensors belong to those.
+
+    Args:
+        path: as of ``tensor_types``.
+    """
+    path = Path(path)
+    if path.suffix == ".gguf":
+        return tensor_type_of_each(path)
+    return _of_onnx(path) if path.suffix == ".onnx" else _of_mlc(path)
+
+
+def _of_mlc(folder: Path) -> dict[str, str]:
+    quantization = json.loads((folder / "mlc-chat-config.json").read_text(encoding="utf-8"))["quantization"]
+    cache = json.loads((folder / "tensor-cache.json").read_text(encoding="utf-8"))
+    types = {}
+    for record in (record for shard in cache["records"] for record in shard["records"]):
+        name = record["name"]
+        if name.endswith(".q_weight"):
+            types[name.removesuffix(".q_weight")] = quantization
+        elif not name.endswith(".q_scale"):
+            types[name] = "bfloat16" if record["format"] == "f32-to-bf16" else record["dtype"]
+    return types
+
+
+def _of_onnx(path: Path) -> dict[str, str]:
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    # Where an operator on blocks has its weights, and what else of it are scales and zero points.
+    places = {"MatMulNBits": (1, (2, 3)), "GatherBlockQuantized": (0, (2, 3))}
+    types, others = {}, set()
+    for node in graph.node:
+        if node.op_type not in places:
+            continue
+        weights, rest = places[node.op_type]
+        numbers = {attribute.name: attribute.i for attribute in node.attribute}
+        types[node.input[weights]] = f"int{numbers.get('bits', 4)}, blocks of {numbers['block_size']}"
+        others |= {node.input[place] for place in rest if place < len(node.input)}
+    # Large scales are kept in float16 behind a Cast.
+    others |= {node.input[0] for node in graph.node if node.op_type == "Cast" and node.output[0] in others}
+    names = {
+        onnx.TensorProto.FLOAT: "float32",
+        onnx.TensorProto.FLOAT16: "float16",
+        onnx.TensorProto.BFLOAT16: "bfloat16",
+    }
+    for tensor in graph.initializer:
+        computed = tensor.name in ("cos_cache", "sin_cache")
+        if tensor.data_type in names and tensor.dims and tensor.name not in others and not computed:
+            types[tensor.name] = names[tensor.data_type]
+    return types
