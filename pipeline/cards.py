@@ -6,6 +6,7 @@ from typing import Any
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
+from pipeline.choose import NEGLIGIBLE_KL, weigh
 from pipeline.pages import readable_number, readable_percent, readable_size
 from pipeline.recipe import Recipe
 
@@ -102,6 +103,7 @@ def model_cards(recipe: Recipe, facts: dict[str, Any]) -> dict[str, str]:
                 if entry["format"] == kind and only in (None, entry["quantization"])
             ]
 
+        files = of_this_folder(facts["fidelity"])
         precisions = [name for name in JAVASCRIPT_DTYPES if name in recipe.export.onnx]
         cards[folder] = template.render(
             metadata=metadata(recipe, facts, kind, folder).to_yaml().strip(),
@@ -115,7 +117,10 @@ def model_cards(recipe: Recipe, facts: dict[str, Any]) -> dict[str, str]:
             text_sources=[shown(source) for source in recipe.data.text.sources],
             chat_sources=[shown(source) for source in recipe.data.chats.sources],
             facts=facts,
-            fidelity=of_this_folder(facts["fidelity"]),
+            fidelity=files,
+            taken=weigh(files, facts["device"])["ship"] if len(files) > 1 else None,
+            smallest=min(files, key=lambda entry: entry["bytes"])["file"] if files else None,
+            negligible_kl=NEGLIGIBLE_KL,
             device=of_this_folder(facts["device"]),
             javascript_dtype=JAVASCRIPT_DTYPES[precisions[-1]] if precisions else "",
             folders={other: other_kind for other, (other_kind, _) in kinds.items()},

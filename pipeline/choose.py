@@ -49,12 +49,34 @@ def choose(
     path = Path(release) / "report.json"
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        measured = {entry["file"]: entry for entry in report["device"]}
-        files = [_weighed(entry, measured.get(entry["file"], {})) for entry in report["fidelity"]]
+        weighed = weigh(report["fidelity"], report["device"], max_size, max_memory, min_speed)
+        machine = report.get("machine")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path}: is missing or no report of martlet ({error}); give a release folder."
         ) from None
+    return {
+        **weighed,
+        "machine": machine,
+        "threads": next((entry["threads"] for entry in report["device"]), None),
+    }
+
+
+def weigh(
+    fidelity: list[dict[str, Any]],
+    device: list[dict[str, Any]],
+    max_size: int | None = None,
+    max_memory: int | None = None,
+    min_speed: float | None = None,
+) -> dict[str, Any]:
+    """``files`` and ``ship`` of ``choose``.
+
+    Args:
+        fidelity, device: entries of these keys of a report.
+        max_size, max_memory, min_speed: as of ``choose``.
+    """
+    measured = {entry["file"]: entry for entry in device}
+    files = [_weighed(entry, measured.get(entry["file"], {})) for entry in fidelity]
     candidates = [file for file in files if file["why_not"] is None]
     for file in files:
         file["on_front"] = file in candidates and not any(_better(other, file) for other in candidates)
@@ -74,8 +96,6 @@ def choose(
     return {
         "ship": _best(fitting)["file"] if fitting else None,
         "files": sorted(files, key=lambda file: file["bytes"]),
-        "machine": report.get("machine"),
-        "threads": next((entry["threads"] for entry in report["device"]), None),
     }
 
 
