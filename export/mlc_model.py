@@ -388,6 +388,12 @@ def bytes_of_words(weight: Any, row: Any, word: Any, mask: int) -> Any:
     return T.Cast("float32x8", values)
 
 
+def value_of_nibble(word: Any, place: Any) -> Any:
+    """One of the eight numbers of a word, from -7 to 7, float32; to be multiplied with its group's scale."""
+    bits = T.bitwise_and(T.shift_right(word, T.Cast("uint32", place * 4)), T.uint32(15))
+    return T.Cast("float32", T.Cast("int32", bits) - 7)
+
+
 def sum_of_lanes(buffer: Any) -> Any:
     """The sum of a buffer of eight."""
     total = buffer[0]
@@ -461,18 +467,7 @@ def blocked_kernel(rows: int, columns: int, quantized: bool, dtype: str) -> tirx
                         for nibble in T.unroll(8):
                             for column in T.vectorized(16):
                                 w[g * 32 + word * 8 + nibble, column] = (
-                                    T.Cast(
-                                        "float32",
-                                        T.Cast(
-                                            "int32",
-                                            T.bitwise_and(
-                                                T.shift_right(words[column], T.Cast("uint32", nibble * 4)),
-                                                T.uint32(15),
-                                            ),
-                                        )
-                                        - 7,
-                                    )
-                                    * scales[column]
+                                    value_of_nibble(words[column], nibble) * scales[column]
                                 )
                 for block in range((tokens + 3) // 4):
                     for r in T.unroll(4):
@@ -517,17 +512,9 @@ def embedding_kernel(rows: int, columns: int, quantized: bool, dtype: str) -> ti
         ids = T.match_buffer(ids_handle, (tokens,), "int32")
         y = T.match_buffer(y_handle, (tokens, columns), "float32")
         for i, word, lane in T.grid(tokens, columns // 8, 8):
-            y[i, word * 8 + lane] = T.Cast(
-                "float32",
-                T.Cast(
-                    "int32",
-                    T.bitwise_and(
-                        T.shift_right(weight[T.Cast("int64", ids[i]), word], T.Cast("uint32", lane * 4)),
-                        T.uint32(15),
-                    ),
-                )
-                - 7,
-            ) * T.Cast("float32", scale[T.Cast("int64", ids[i]), word // 4])
+            y[i, word * 8 + lane] = value_of_nibble(weight[T.Cast("int64", ids[i]), word], lane) * T.Cast(
+                "float32", scale[T.Cast("int64", ids[i]), word // 4]
+            )
 
     return four_bit
 
