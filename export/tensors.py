@@ -1,4 +1,4 @@
-"""What an exported file really holds: the type of each of its tensors, whatever its quantization is called."""
+"""What an exported file really holds: the type of each tensor, whatever its quantization is called."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def tensor_kinds(path: Path) -> dict[str, dict[str, int]]:
     """
     kinds: dict[str, Counter[str]] = {}
     for name, tensor_type in type_of_each(path).items():
-        kind = LAYER.sub("", name).removeprefix("model.").removesuffix(".weight")
+        kind = LAYER.sub("", name).removeprefix("model.").removesuffix("_f16").removesuffix(".weight")
         kinds.setdefault(kind, Counter())[tensor_type] += 1
     return {kind: dict(counts.most_common()) for kind, counts in kinds.items()}
 
@@ -63,6 +63,15 @@ def _of_onnx(path: Path) -> dict[str, str]:
     import onnx
 
     graph = onnx.load(path, load_external_data=False).graph
+    stored = {tensor.name for tensor in graph.initializer}
+    made_from = {output: node.input[0] for node in graph.node for output in node.output if node.input}
+
+    def source(name: str) -> str:
+        """The stored tensor that a value is a cast or another shape of."""
+        while name not in stored and name in made_from:
+            name = made_from[name]
+        return name
+
     # Where an operator on blocks has its weights, and what else of it are scales and zero points.
     places = {"MatMulNBits": (1, (2, 3)), "GatherBlockQuantized": (0, (2, 3))}
     types, others = {}, set()
@@ -71,10 +80,8 @@ def _of_onnx(path: Path) -> dict[str, str]:
             continue
         weights, rest = places[node.op_type]
         numbers = {attribute.name: attribute.i for attribute in node.attribute}
-        types[node.input[weights]] = f"int{numbers.get('bits', 4)}, blocks of {numbers['block_size']}"
-        others |= {node.input[place] for place in rest if place < len(node.input)}
-    # Large scales are kept in float16 behind a Cast.
-    others |= {node.input[0] for node in graph.node if node.op_type == "Cast" and node.output[0] in others}
+        types[source(node.input[weights])] = f"int{numbers.get('bits', 4)}, blocks of {numbers['block_size']}"
+        others |= {source(node.input[place]) for place in rest if place < len(node.input)}
     names = {
         onnx.TensorProto.FLOAT: "float32",
         onnx.TensorProto.FLOAT16: "float16",

@@ -317,7 +317,10 @@ def verify(
     release: Annotated[Path, typer.Argument(help="Release folder.")] = Path("release"),
     as_json: AsJson = False,
 ) -> None:
-    """Check a release's files, origin and bill of materials. Example: martlet verify release"""
+    """Check a release's files, origin and bill of materials.
+
+    Example: martlet verify release
+    """
     from pipeline.release import verify as damaged
     from pipeline.release import verify_inputs
 
@@ -560,7 +563,7 @@ def progress_shown(
                 from flows.distill_and_ship import stage_names
                 from flows.live_view import LiveView
 
-            foot = f"stages: {store}   logs: {store / 'logs'}   release: {release}"
+            foot = f"release: {release}   stages: {store}   logs: {store / 'logs'}"
             view = LiveView(console, f"{plans[0].name}  ({recipes[0]})", stage_names(plans[0]), foot)
             handler = stack.enter_context(view)
         progress.addHandler(handler)
@@ -583,8 +586,9 @@ def show_release(result: dict[str, Any], with_stages: bool) -> None:
             table.add_row(stage["name"], f"{stage['seconds']:.1f}", cached)
         console.print(table)
     table = Table(title="Files", title_justify="left")
-    for heading in ("file", "MB", "mean KL to the model", "tokens/s"):
-        table.add_column(heading, justify="left" if heading == "file" else "right")
+    table.add_column("file", overflow="fold")
+    for heading in ("MB", "mean KL to the model", "tokens/s"):
+        table.add_column(heading, justify="right")
     for file in result["files"]:
         speed = file["decode_tokens_per_s"]
         table.add_row(

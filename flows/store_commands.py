@@ -24,7 +24,10 @@ app = typer.Typer(
 
 @app.command("list")
 def list_(store: StorePath = Path("store"), as_json: AsJson = False) -> None:
-    """Show what a store holds. Example: martlet store list"""
+    """Show what a store holds.
+
+    Example: martlet store list
+    """
     from pipeline.inventory import SHOWN, entries
 
     found = entries(store)
@@ -59,7 +62,10 @@ def explain(
     store: StorePath = Path("store"),
     as_json: AsJson = False,
 ) -> None:
-    """Say why an artifact was computed again. Example: martlet store explain distill"""
+    """Say why an artifact was computed again.
+
+    Example: martlet store explain distill
+    """
     from pipeline.inventory import explain as reasons
     from pipeline.inventory import find
 
@@ -80,7 +86,10 @@ def prune(
     yes: Annotated[bool, typer.Option("--yes", help="Remove; else only say what would go.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove what no release needs, by age and size. Example: martlet store prune --older-than 30"""
+    """Remove what no release needs, by age and size.
+
+    Example: martlet store prune --older-than 30
+    """
     from pipeline.inventory import SHOWN, forget_release, prunable
     from pipeline.inventory import prune as remove
 

@@ -138,12 +138,10 @@ def names_beside(base: altair.Chart, field: str, gap: int, **encoding: Any) -> l
         gap: pixels between a mark's middle and its name.
         encoding: what else varies, such as opacity.
     """
-    return [
-        base.transform_filter(which)
-        .mark_text(align=align, dx=offset, fontSize=FONT_SIZE, color="currentColor")
-        .encode(text=altair.Text(f"{field}:N"), **encoding)
-        for which, align, offset in (("datum.left", "right", -gap), ("!datum.left", "left", gap))
-    ]
+    words: dict[str, Any] = {"fontSize": FONT_SIZE, "color": "currentColor"}
+    left = base.transform_filter("datum.left").mark_text(align="right", dx=-gap, **words)
+    right = base.transform_filter("!datum.left").mark_text(align="left", dx=gap, **words)
+    return [side.encode(text=altair.Text(f"{field}:N"), **encoding) for side in (left, right)]
 
 
 def objectives_picture(contenders: Sequence[Mapping[str, Any]], title: str) -> Markup:

@@ -260,18 +260,6 @@ def require_manifest(root: Path) -> dict[str, Any]:
     return manifest
 
 
-def require_manifest(root: Path) -> dict[str, Any]:
-    """What ``manifest.json`` of a release says.
-
-    Raises:
-        UserError: there is none that can be read.
-    """
-    manifest = read_manifest(root)
-    if manifest is None:
-        raise UserError(f"{root / MANIFEST}: is missing or no manifest of martlet; give a release folder.")
-    return manifest
-
-
 def read_manifest(root: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))

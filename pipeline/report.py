@@ -324,8 +324,8 @@ def charts(facts: dict[str, Any]) -> dict[str, Markup]:
     if judged:
         found["fidelity"] = svg(_files(judged, "mean_kl", kl_axis(14)), _told("fidelity", judged, "mean_kl"))
     if timed:
-        axis = altair.Y("speed:Q", title="decode, tokens/s", axis=altair.Axis(tickCount=5))
-        found["speed"] = svg(_files(timed, "speed", axis), _told("speed", timed, "speed"))
+        speeds = altair.Y("speed:Q", title="decode, tokens/s", axis=altair.Axis(tickCount=5))
+        found["speed"] = svg(_files(timed, "speed", speeds), _told("speed", timed, "speed"))
     both = [file for file in judged if file in timed]
     if len(both) > 1:
         told = _told("pareto", both, "mean_kl", "speed")

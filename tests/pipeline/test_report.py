@@ -257,7 +257,7 @@ def test_pictures_are_told_in_words(facts: dict[str, Any]) -> None:
     named = {
         name: ElementTree.fromstring(svg).attrib["aria-label"] for name, svg in report.charts(facts).items()
     }
-    assert "taid from 4.13 to 2.06; control: cross-entropy only from" in named["loss"]
+    assert "taid from 4.19 to 2.03; control: cross-entropy only from" in named["loss"]
     assert "gguf q4_k_m: 81.0 MB, KL 0.0480, 61.2 tokens/s" in named["pareto"]
     assert all(entry["quantization"] in named["fidelity"] for entry in facts["fidelity"])
 
@@ -496,7 +496,10 @@ def test_paper_shows_what_is_folded_on_a_screen(browser: Any, released: Path) ->
 # Pixels of the smallest letters in the pictures that are shown.
 LETTERS = """() => Math.min(...[...document.querySelectorAll('svg text')]
   .filter((text) => text.checkVisibility() && text.textContent.trim())
-  .map((text) => parseFloat(getComputedStyle(text).fontSize) * text.getScreenCTM().d))"""
+  .map((text) => {
+    const scale = text.getScreenCTM();  // of words that run upwards b is the scale and d is nothing
+    return parseFloat(getComputedStyle(text).fontSize) * Math.hypot(scale.b, scale.d);
+  }))"""
 
 # WCAG 2.1 contrast of every text against the first opaque ground behind it; below 4.5 is listed.
 CONTRAST = """() => {
