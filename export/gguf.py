@@ -166,6 +166,12 @@ def stage_model(model_dir: Path, staging: Path) -> dict[str, Any]:
     if isinstance(parameters, dict) and "rope_theta" in parameters:
         config.setdefault("rope_theta", parameters["rope_theta"])
     rewritten = {"config.json": config}
+    generation = _read_json(model_dir / "generation_config.json")
+    if generation.get("repetition_penalty") is not None:
+        # The name under which the converter looks for it.
+        rewritten["generation_config.json"] = generation | {
+            "penalty_repeat": generation["repetition_penalty"]
+        }
     if (model_dir / "tokenizer_config.json").is_file():
         rewritten["tokenizer_config.json"] = _read_json(model_dir / "tokenizer_config.json")
         rewritten["tokenizer_config.json"].pop("auto_map", None)

@@ -17,10 +17,18 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from export.backend import Backend, instruction_sets_of_processor
 from export.errors import ExportError
+from export.generation import Stated
 from export.runtime import Message
 
 MAXIMUM_CONTEXT = 4096
 BATCH = 512
+SAMPLING = {
+    "temperature": "temp",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "repetition_penalty": "penalty_repeat",
+}
+"""Names of sampling defaults in GGUF's metadata."""
 
 
 @llama_cpp.llama_log_callback
@@ -96,6 +104,11 @@ class LlamaCppRuntime:
         template = llama_cpp.llama_model_chat_template(self._model, None)
         self.chat_template = None if template is None else template.decode()
         self._compiled_template: Template | None = None
+        said = {key: self.metadata(f"general.sampling.{name}") for key, name in SAMPLING.items()}
+        numbers = {key: None if text is None else float(text) for key, text in said.items()}
+        self.generation_defaults: Stated = {
+            self._path.name: {**numbers, "context_length": self.trained_context_length}
+        }
 
     def metadata(self, key: str) -> str | None:
         """A value of the file's metadata as text, cut off at 255 bytes; None where the file has none."""

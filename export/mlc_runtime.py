@@ -13,6 +13,7 @@ from tvm.contrib import tvmjs
 
 from export.backend import Backend
 from export.errors import ExportError
+from export.generation import Stated
 from export.mlc import render_conversation
 from export.runtime import Message
 
@@ -77,6 +78,16 @@ class MlcRuntime:
                 "version": tvm.__version__,
             },
         )
+        self.generation_defaults: Stated = {
+            "mlc-chat-config.json": {
+                **{key: self.config.get(key) for key in ("temperature", "top_p", "repetition_penalty")},
+                "eos_token_id": eos if isinstance(eos, list) else [eos],
+                "context_length": self.trained_context_length,
+            },
+            "mlc-chat-config.json's conv_template": {"eos_token_id": list(self.end_of_turn_ids)},
+            "mlc-chat-config.json's model_config": {"context_length": model.get("context_window_size")},
+            library.name: {"context_length": self.metadata["context_window_size"]},
+        }
         architecture = self.metadata["architecture"]
         self._embedding_rows = int(architecture["vocabulary_size"])
         for key, compiled in (

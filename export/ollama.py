@@ -6,8 +6,21 @@ from typing import Any
 LONGEST_CONTEXT = 8192
 """Ollama allocates the whole context when it loads a model."""
 
+PARAMETERS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "repetition_penalty": "repeat_penalty",
+}
+"""Keys of ``generation_config.json``, and Ollama's names for them."""
 
-def modelfile(gguf: str, conversation: Mapping[str, Any] | None, context_length: int) -> str:
+
+def modelfile(
+    gguf: str,
+    conversation: Mapping[str, Any] | None,
+    context_length: int,
+    generation: Mapping[str, Any] | None = None,
+) -> str:
     """The text of a Modelfile.
 
     Args:
@@ -15,8 +28,14 @@ def modelfile(gguf: str, conversation: Mapping[str, Any] | None, context_length:
         conversation: the model's template as ``export.mlc.conversation_template`` says it; None leaves the
             choice of a template to Ollama, which compares the file's own with those that it knows.
         context_length: tokens that the model was trained for.
+        generation: content of the model's ``generation_config.json``; Ollama has defaults of its own for what
+            it does not state.
     """
+    generation = generation or {}
     lines = [f"FROM ./{gguf}", f"PARAMETER num_ctx {min(context_length, LONGEST_CONTEXT)}"]
+    for key, name in PARAMETERS.items():
+        if generation.get(key) is not None:
+            lines.append(f"PARAMETER {name} {generation[key]}")
     template = None if conversation is None else go_template(conversation)
     if conversation is not None and template is not None:
         lines.append(f'TEMPLATE """{template}"""')

@@ -28,6 +28,7 @@ import onnx
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
 
 from export.errors import ExportError
+from export.generation import NEUTRAL, stated
 from export.processes import run_logged
 from export.quantizations import ONNX as FILE_NAMES
 
@@ -286,15 +287,18 @@ def _write_configs(model_dir: Path, folder: Path, name: str, genai_path: Path, d
     _write_json(folder / "config.json", config)
 
     if (model_dir / "generation_config.json").is_file():
-        generation = GenerationConfig.from_pretrained(model_dir)
+        generation = json.loads((model_dir / "generation_config.json").read_text(encoding="utf-8"))
     else:
-        generation = GenerationConfig.from_model_config(text_config)
-    generation.save_pretrained(folder)
+        generation = GenerationConfig.from_model_config(text_config).to_diff_dict()
+    _write_json(folder / "generation_config.json", generation)
 
     genai = json.loads(genai_path.read_text(encoding="utf-8"))
     genai["model"]["decoder"]["filename"] = f"onnx/{default_file}"
-    if generation.eos_token_id is not None:
-        genai["model"]["eos_token_id"] = generation.eos_token_id
+    if generation.get("eos_token_id") is not None:
+        genai["model"]["eos_token_id"] = generation["eos_token_id"]
+    # The builder leaves some of them out.
+    said = {key: value for key, value in stated(generation).items() if value is not None}
+    genai["search"] |= NEUTRAL | {"max_length": genai["model"]["context_length"]} | said
     _write_json(folder / "genai_config.json", genai)
 
 

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from export.backend import Backend
 from export.errors import ExportError
+from export.generation import Stated, stated
 from export.runtime import Message
 
 # The graph computes logits at every position: longer prompts go in pieces, or [T, V] floats pile up.
@@ -47,7 +48,9 @@ class OnnxRuntime:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         try:
-            settings = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
+            genai = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+            settings, search = genai["model"], genai["search"]
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
             self.session = onnxruntime.InferenceSession(str(path), options, providers=PROVIDERS)
@@ -80,6 +83,20 @@ class OnnxRuntime:
         # ONNX Runtime GenAI reads one file and transformers.js the other: an end is what ends both.
         ends = _as_ids(settings.get("eos_token_id")) & _as_ids(generation.get("eos_token_id"))
         self.end_of_turn_ids = tuple(sorted(ends))
+        self.generation_defaults: Stated = {
+            "genai_config.json": {
+                **stated(search),
+                "eos_token_id": sorted(_as_ids(settings.get("eos_token_id"))),
+                "context_length": own_maximum,
+            },
+            "generation_config.json": {
+                **stated(generation),
+                "eos_token_id": sorted(_as_ids(generation.get("eos_token_id"))),
+            },
+            "config.json": {
+                "context_length": config.get("text_config", config).get("max_position_embeddings")
+            },
+        }
         self._folder = folder
         self._inputs = inputs
         self._cache: dict[str, Any] = {}

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from export.backend import Backend
+from export.generation import Stated
 
 Message = dict[str, Any]  # {"role": "system" | "user" | "assistant", "content": str}
 
@@ -35,6 +36,7 @@ class Runtime(Protocol):
     trained_context_length: int  # tokens that the file says the model can hold
     eos_token_id: int | None  # the end of sequence that the file's tokenizer names
     end_of_turn_ids: tuple[int, ...]  # the ids at which the file itself says that generation ends
+    generation_defaults: Stated  # what it says of sampling, ends and lengths, by the name of the file inside
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of plain text as the file's tokenizer makes them, control-token text included

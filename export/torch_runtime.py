@@ -1,5 +1,6 @@
 """The reference runtime: the Hugging Face folder itself in torch, float32."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 
 from export.backend import Backend
 from export.errors import ExportError
+from export.generation import Stated, stated
 from export.runtime import Message
 
 
@@ -67,6 +69,12 @@ class TorchRuntime:
         ends = self.eos_token_id if ends is None else ends
         ends = ends if isinstance(ends, list) else [ends]
         self.end_of_turn_ids = tuple(sorted({int(end) for end in ends if end is not None}))
+        file = path / "generation_config.json"
+        generation = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        self.generation_defaults: Stated = {
+            "generation_config.json": stated(generation) | {"eos_token_id": list(self.end_of_turn_ids)},
+            "config.json": {"context_length": self.trained_context_length},
+        }
         self.reset()
 
     def tokenize(self, text: str) -> list[int]:

@@ -336,7 +336,8 @@ def _modelfile(model_dir: Path, gguf: str) -> str:
     with contextlib.suppress(ExportError, UserError):
         tokenizer = load_tokenizer(model_dir)
         conversation = conversation_template(tokenizer, ends if isinstance(ends, list) else [ends])
-    return modelfile(gguf, conversation, int(config.get("max_position_embeddings", LONGEST_CONTEXT)))
+    context_length = int(config.get("max_position_embeddings", LONGEST_CONTEXT))
+    return modelfile(gguf, conversation, context_length, generation)
 
 
 @contextlib.contextmanager

@@ -320,6 +320,13 @@ def missed_gates(
     for gate in ("vocabulary_size", "context_length"):
         if measured[gate] != measured[f"reference_{gate}"]:
             missed(gate, f"{measured[gate]} tokens, the model has {measured[f'reference_{gate}']}")
+    if measured["generation_differs"]:
+        more = len(measured["generation_differs"]) - 1
+        missed(
+            "generation",
+            f"{measured['generation_differs'][0]}, the threshold is no difference"
+            + (f" ({more} more)" if more else ""),
+        )
     at_most = {
         "mean_kl": thresholds.mean_kl,
         "p99_kl": thresholds.p99_kl,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from export.errors import ExportError
+from export.generation import differences
 from export.runtime import ChatReader, Message, Runtime, generate_greedily, open_runtime
 from pipeline.artifacts import write_json
 from pipeline.bench_worker import without_torch
@@ -81,7 +82,8 @@ def facts(runtime: Runtime) -> dict[str, Any]:
     Returns:
         stops: after how many tokens of each answered conversation's answer generation would end (None:
         never); end_of_turn_ids; those of them that are text (``text_end_of_turn_ids``), which would cut
-        answers short; eos_token_id; vocabulary_size; context_length.
+        answers short; eos_token_id; vocabulary_size; context_length; generation
+        (``export.generation.Stated``).
     """
     ends = [int(token_id) for token_id in runtime.end_of_turn_ids]
     stops: list[int | None] = []
@@ -96,6 +98,7 @@ def facts(runtime: Runtime) -> dict[str, Any]:
         "eos_token_id": runtime.eos_token_id,
         "vocabulary_size": runtime.vocabulary_size,
         "context_length": runtime.trained_context_length,
+        "generation": runtime.generation_defaults,
     }
 
 
@@ -231,6 +234,10 @@ def judge(
         "reference_vocabulary_size": reference["vocabulary_size"],
         "context_length": found["context_length"],
         "reference_context_length": reference["context_length"],
+        "generation_differs": differences(
+            found["generation"],
+            {key: value for said in reference["generation"].values() for key, value in said.items()},
+        ),
         "decode_kl": decode_divergence(runtime, reference["rows"][0]),
         **compare_logits(runtime, reference, logits_of, unquantized_logits_of),
     }

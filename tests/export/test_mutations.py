@@ -31,22 +31,34 @@ TEXT = (
 Mutation = Callable[[Path], None]
 
 
+GENERATION = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 40, "repetition_penalty": 1.1}
+
+
 @pytest.fixture(scope="module")
-def reference(tiny_model_dir: Path, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def model_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, with generation defaults of its own."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    shutil.copytree(tiny_model_dir, folder)
+    json_file("generation_config.json", lambda content: content.update(GENERATION))(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(model_dir: Path, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("reference")
     # Random ids as well: on them the tiny random model's predictions lean on every part of it.
     random_ids = np.random.default_rng(0).integers(3, len(tiny_tokenizer), 96).tolist()
-    reference_answers(tiny_model_dir, [tiny_tokenizer(TEXT)["input_ids"], random_ids], 1, folder)
+    reference_answers(model_dir, [tiny_tokenizer(TEXT)["input_ids"], random_ids], 1, folder)
     return read_reference(folder)
 
 
 @pytest.fixture(scope="module")
-def good(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def good(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """An undamaged export of each format."""
     folder = tmp_path_factory.mktemp("good")
-    gguf_file = export_gguf(tiny_model_dir, folder / "gguf", "tiny", ["f16"], pre_tokenizer="smollm")[0]
-    onnx_file = export_onnx(tiny_model_dir, folder / "onnx-folder", "tiny", ["fp32"], threads=1)[0]
-    mlc_folder = export_mlc(tiny_model_dir, folder / "mlc" / "tiny", "tiny", "q0f32")
+    gguf_file = export_gguf(model_dir, folder / "gguf", "tiny", ["f16"], pre_tokenizer="smollm")[0]
+    onnx_file = export_onnx(model_dir, folder / "onnx-folder", "tiny", ["fp32"], threads=1)[0]
+    mlc_folder = export_mlc(model_dir, folder / "mlc" / "tiny", "tiny", "q0f32")
     return {"gguf": gguf_file, "onnx": onnx_file, "mlc": mlc_folder}
 
 
@@ -146,6 +158,8 @@ GGUF: dict[str, tuple[Mutation, str]] = {
     "norm epsilon": (gguf_metadata("llama.attention.layer_norm_rms_epsilon", lambda e: 0.1), "mean_kl"),
     "context length": (gguf_metadata("llama.context_length", lambda length: 2 * length), "context_length"),
     "one layer fewer": (gguf_metadata("llama.block_count", lambda count: count - 1), "runs"),
+    "temperature": (gguf_metadata("general.sampling.temp", lambda temperature: 0.8), "generation"),
+    "repetition penalty": (gguf_metadata("general.sampling.penalty_repeat", lambda p: 1.0), "generation"),
     "eos is the start of a turn": (gguf_metadata("tokenizer.ggml.eos_token_id", lambda eos: 1), "eos"),
     "eos off by one": (gguf_metadata("tokenizer.ggml.eos_token_id", lambda eos: eos + 1), "end_of_turn"),
     "eos is a full stop": (gguf_metadata("tokenizer.ggml.eos_token_id", lambda eos: 17), "end_of_turn"),
@@ -316,6 +330,22 @@ ONNX: dict[str, tuple[Mutation, str]] = {
         json_file("genai_config.json", set_model("context_length", lambda length: length // 2)),
         "context_length",
     ),
+    "temperature of GenAI": (
+        json_file("genai_config.json", lambda c: set_to("temperature", 1.0)(c["search"])),
+        "generation",
+    ),
+    "temperature of transformers.js": (
+        json_file("generation_config.json", without("temperature")),
+        "generation",
+    ),
+    "longest answer of GenAI": (
+        json_file("genai_config.json", lambda c: set_to("max_length", 20)(c["search"])),
+        "generation",
+    ),
+    "context length of transformers.js": (
+        json_file("config.json", set_to("max_position_embeddings", 4096)),
+        "generation",
+    ),
     "template without its last line break": (
         json_file("tokenizer_config.json", edit_template("'<|im_end|>' + '\n'", "'<|im_end|>'")),
         "token_ids",
@@ -441,6 +471,15 @@ MLC: dict[str, tuple[Mutation, str]] = {
         json_file("mlc-chat-config.json", set_to("context_window_size", 256)),
         "context_length",
     ),
+    "top_p": (json_file("mlc-chat-config.json", set_to("top_p", 0.95)), "generation"),
+    "eos that does not stop": (
+        json_file("mlc-chat-config.json", set_to("eos_token_id", [2, 0])),
+        "generation",
+    ),
+    "context length of the model's part": (
+        json_file("mlc-chat-config.json", lambda c: set_to("context_window_size", 64)(c["model_config"])),
+        "generation",
+    ),
     "fewer tokens": (json_file("mlc-chat-config.json", set_to("active_vocab_size", 2047)), "vocabulary_size"),
     "template without line breaks": (set_template("seps", ["<|im_end|>"]), "token_ids"),
     "template with stock system message": (
@@ -478,12 +517,12 @@ def test_broken_file_misses_its_gate(
 
 
 def test_mlc_compiled_for_another_rope_theta_misses_its_gate(
-    tiny_model_dir: Path, reference: Any, tmp_path: Path
+    model_dir: Path, reference: Any, tmp_path: Path
 ) -> None:
     """Library and configuration agree with each other, but not with the model."""
-    model_dir = tmp_path / "model"
-    shutil.copytree(tiny_model_dir, model_dir)
+    other = tmp_path / "model"
+    shutil.copytree(model_dir, other)
     rope = {"rope_type": "default", "rope_theta": 10000.0}
-    json_file("config.json", set_to("rope_parameters", rope))(model_dir)
-    path = export_mlc(model_dir, tmp_path / "export", "tiny", "q0f32")
+    json_file("config.json", set_to("rope_parameters", rope))(other)
+    path = export_mlc(other, tmp_path / "export", "tiny", "q0f32")
     assert "mean_kl" in gates_missed(path, reference)

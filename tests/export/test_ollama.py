@@ -60,6 +60,12 @@ def test_a_modelfile_without_a_template_leaves_the_choice_to_ollama() -> None:
     assert modelfile("a.gguf", None, 100_000) == "FROM ./a.gguf\nPARAMETER num_ctx 8192\n"
 
 
+def test_generation_defaults_that_the_model_states_are_parameters() -> None:
+    generation = {"temperature": 0.6, "top_k": 20, "repetition_penalty": 1.1, "eos_token_id": [1, 2]}
+    parameters = modelfile("a.gguf", None, 512, generation).splitlines()[2:]
+    assert parameters == ["PARAMETER temperature 0.6", "PARAMETER top_k 20", "PARAMETER repeat_penalty 1.1"]
+
+
 def test_a_template_that_a_modelfile_cannot_hold_is_left_out(said: dict[str, Any]) -> None:
     broken = said | {"seps": ['"""']}
     assert go_template(broken) is None

@@ -243,6 +243,7 @@ def test_conversations_that_the_models_template_refuses_are_not_asked_of_files(
         ({"eos_equal": False}, "eos"),
         ({"vocabulary_size": 7}, "vocabulary_size"),
         ({"context_length": 7}, "context_length"),
+        ({"generation_differs": ["x.json says top_p 0.5, the model 1.0"]}, "generation"),
         ({"mean_kl": 0.3}, "mean_kl"),
         ({"mean_kl": float("nan")}, "mean_kl"),
         ({"p99_kl": 3.0}, "p99_kl"),
