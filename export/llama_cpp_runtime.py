@@ -44,17 +44,17 @@ _errors: list[str] = []
 _buffers: list[str] = []
 
 
-class LlamaCppRuntime:
-    """See ``export.runtime.Runtime``."""
+class LlamaCppReader:
+    """See ``export.runtime.ChatReader``: llama.cpp's tokenizer and the template of a GGUF file, whose
+    weights, if it holds any, stay on disk."""
 
     name = "llama.cpp"
 
-    def __init__(self, path: Path, threads: int = 1, context_length: int | None = None):
+    def __init__(self, path: Path, vocabulary_only: bool = True):
         """
         Args:
             path: a GGUF file.
-            threads: CPU threads.
-            context_length: tokens of cache; the file's own maximum, at most 4096, by default.
+            vocabulary_only: load no weights.
 
         Raises:
             ExportError: llama.cpp refuses the file.
@@ -66,49 +66,15 @@ class LlamaCppRuntime:
         llama_cpp.llama_backend_init()
         parameters = llama_cpp.llama_model_default_params()
         parameters.n_gpu_layers = 0
+        parameters.vocab_only = vocabulary_only
         self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
         if not self._model:
             reason = _errors[0] if _errors else "no reason given"
             raise ExportError(f"{path}: llama.cpp cannot load this file ({reason}).")
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
-        self.trained_context_length = llama_cpp.llama_model_n_ctx_train(self._model)
-        self.context_length = context_length or min(self.trained_context_length, MAXIMUM_CONTEXT)
-        self._rows = llama_cpp.llama_vocab_n_tokens(self._vocab)
-        self.vocabulary_size = self._rows
-        # The converter fills the vocabulary up to the embedding's rows with tokens that it marks as unused.
-        while self.vocabulary_size and (
-            llama_cpp.llama_vocab_get_attr(self._vocab, self.vocabulary_size - 1)
-            & llama_cpp.LLAMA_TOKEN_ATTR_UNUSED
-        ):
-            self.vocabulary_size -= 1
-        eos = llama_cpp.llama_vocab_eos(self._vocab)
-        self.eos_token_id: int | None = eos if eos >= 0 else None
-        self.end_of_turn_ids = tuple(
-            token_id for token_id in range(self._rows) if llama_cpp.llama_vocab_is_eog(self._vocab, token_id)
-        )
-        context = llama_cpp.llama_context_default_params()
-        context.n_ctx = self.context_length
-        context.n_batch = min(BATCH, self.context_length)
-        context.n_ubatch = context.n_batch
-        context.n_threads = context.n_threads_batch = threads
-        self._batch_size = context.n_batch
-        self._context = llama_cpp.llama_init_from_model(self._model, context)
-        if not self._context:
-            reason = _errors[0] if _errors else "no reason given"
-            llama_cpp.llama_model_free(self._model)
-            raise ExportError(f"{path}: llama.cpp cannot make a context of {self.context_length} ({reason}).")
-        self.backend = _backend(threads, llama_cpp.llama_n_threads(self._context))
-        self._memory = llama_cpp.llama_get_memory(self._context)
-        self._batch = llama_cpp.llama_batch_init(self._batch_size, 0, 1)
-        self._used = 0
         template = llama_cpp.llama_model_chat_template(self._model, None)
         self.chat_template = None if template is None else template.decode()
         self._compiled_template: Template | None = None
-        said = {key: self.metadata(f"general.sampling.{name}") for key, name in SAMPLING.items()}
-        numbers = {key: None if text is None else float(text) for key, text in said.items()}
-        self.generation_defaults: Stated = {
-            self._path.name: {**numbers, "context_length": self.trained_context_length}
-        }
 
     def metadata(self, key: str) -> str | None:
         """A value of the file's metadata as text, cut off at 255 bytes; None where the file has none."""
@@ -168,6 +134,63 @@ class LlamaCppRuntime:
             name: llama_cpp.llama_vocab_get_text(self._vocab, token_id).decode(errors="replace")
             for name, token_id in ids.items()
             if token_id >= 0
+        }
+
+    def close(self) -> None:
+        """Frees what was loaded. The reader is not used afterwards."""
+        if self._model is not None:
+            llama_cpp.llama_model_free(self._model)
+            self._model = None
+
+
+class LlamaCppRuntime(LlamaCppReader):
+    """See ``export.runtime.Runtime``."""
+
+    def __init__(self, path: Path, threads: int = 1, context_length: int | None = None):
+        """
+        Args:
+            path: a GGUF file.
+            threads: CPU threads.
+            context_length: tokens of cache; the file's own maximum, at most 4096, by default.
+
+        Raises:
+            ExportError: llama.cpp refuses the file.
+        """
+        super().__init__(path, vocabulary_only=False)
+        self.trained_context_length = llama_cpp.llama_model_n_ctx_train(self._model)
+        self.context_length = context_length or min(self.trained_context_length, MAXIMUM_CONTEXT)
+        self._rows = llama_cpp.llama_vocab_n_tokens(self._vocab)
+        self.vocabulary_size = self._rows
+        # The converter fills the vocabulary up to the embedding's rows with tokens that it marks as unused.
+        while self.vocabulary_size and (
+            llama_cpp.llama_vocab_get_attr(self._vocab, self.vocabulary_size - 1)
+            & llama_cpp.LLAMA_TOKEN_ATTR_UNUSED
+        ):
+            self.vocabulary_size -= 1
+        eos = llama_cpp.llama_vocab_eos(self._vocab)
+        self.eos_token_id: int | None = eos if eos >= 0 else None
+        self.end_of_turn_ids = tuple(
+            token_id for token_id in range(self._rows) if llama_cpp.llama_vocab_is_eog(self._vocab, token_id)
+        )
+        context = llama_cpp.llama_context_default_params()
+        context.n_ctx = self.context_length
+        context.n_batch = min(BATCH, self.context_length)
+        context.n_ubatch = context.n_batch
+        context.n_threads = context.n_threads_batch = threads
+        self._batch_size = context.n_batch
+        self._context = llama_cpp.llama_init_from_model(self._model, context)
+        if not self._context:
+            reason = _errors[0] if _errors else "no reason given"
+            llama_cpp.llama_model_free(self._model)
+            raise ExportError(f"{path}: llama.cpp cannot make a context of {self.context_length} ({reason}).")
+        self.backend = _backend(threads, llama_cpp.llama_n_threads(self._context))
+        self._memory = llama_cpp.llama_get_memory(self._context)
+        self._batch = llama_cpp.llama_batch_init(self._batch_size, 0, 1)
+        self._used = 0
+        said = {key: self.metadata(f"general.sampling.{name}") for key, name in SAMPLING.items()}
+        numbers = {key: None if text is None else float(text) for key, text in said.items()}
+        self.generation_defaults: Stated = {
+            self._path.name: {**numbers, "context_length": self.trained_context_length}
         }
 
     def other_reader(self) -> None:
@@ -233,12 +256,10 @@ class LlamaCppRuntime:
 
     def close(self) -> None:
         """See ``Runtime.close``."""
-        if self._model is None:
-            return
-        llama_cpp.llama_batch_free(self._batch)
-        llama_cpp.llama_free(self._context)
-        llama_cpp.llama_model_free(self._model)
-        self._model = self._context = None
+        if self._model is not None:
+            llama_cpp.llama_batch_free(self._batch)
+            llama_cpp.llama_free(self._context)
+        super().close()
 
 
 def _backend(requested_threads: int, threads: int) -> Backend:

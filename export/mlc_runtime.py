@@ -2,8 +2,9 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tvm
@@ -22,9 +23,38 @@ CHUNK = 256
 """Tokens of one call of the library."""
 
 
-class MlcRuntime:
-    """See ``export.runtime.Runtime``. Conversations are rendered from ``conv_template``, as MLC's engine
+class MlcReader:
+    """See ``export.runtime.ChatReader``. Conversations are rendered from ``conv_template``, as MLC's engine
     does, not from the Jinja template beside it."""
+
+    name = "MLC"
+
+    def __init__(self, conversation_template: Mapping[str, Any], tokenizer_file: Path):
+        """
+        Args:
+            conversation_template: ``conv_template`` of a mlc-chat-config.json.
+            tokenizer_file: the tokenizer.json beside it.
+
+        Raises:
+            ExportError: the tokenizer cannot be read.
+        """
+        self._template = dict(conversation_template)
+        try:
+            self._tokenizer = Tokenizer.from_file(str(tokenizer_file))
+        except Exception as error:  # tokenizers raises plain Exception
+            raise ExportError(f"{tokenizer_file}: cannot be read ({error}).") from error
+
+    def tokenize(self, text: str) -> list[int]:
+        """See ``Runtime.tokenize``."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def chat_ids(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
+        """See ``Runtime.chat_ids``."""
+        return self.tokenize(render_conversation(self._template, messages, add_generation_prompt))
+
+
+class MlcRuntime(MlcReader):
+    """See ``export.runtime.Runtime``."""
 
     name = "tvm"
 
@@ -42,19 +72,16 @@ class MlcRuntime:
         path = Path(path)
         try:
             self.config = json.loads((path / "mlc-chat-config.json").read_text(encoding="utf-8"))
-            self._template = self.config["conv_template"]
+            super().__init__(self.config["conv_template"], path / "tokenizer.json")
             self.trained_context_length = int(self.config["context_window_size"])
             model = self.config["model_config"]
             self.vocabulary_size = int(self.config["active_vocab_size"])
             self.end_of_turn_ids = tuple(sorted(int(end) for end in self._template["stop_token_ids"]))
             eos = self.config["eos_token_id"]  # one id or a list
             self.eos_token_id: int | None = int(eos[0] if isinstance(eos, list) else eos)
-            self._tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
             (library,) = sorted((path / "libs").glob("*-x86_64-cpu.so"))
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise ExportError(f"{path}: is no complete MLC folder ({error}).") from error
-        except Exception as error:  # tokenizers raises plain Exception
-            raise ExportError(f"{path / 'tokenizer.json'}: cannot be read ({error}).") from error
         # The pool never grows beyond this variable, OMP_NUM_THREADS, or half of the processors.
         os.environ["TVM_NUM_THREADS"] = str(threads)
         tvm.get_global_func("runtime.config_threadpool")(1, threads)
@@ -114,14 +141,6 @@ class MlcRuntime:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ExportError(f"{path}: the weights do not fit the library ({reason}).") from error
         self.reset()
-
-    def tokenize(self, text: str) -> list[int]:
-        """See ``Runtime.tokenize``."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-    def chat_ids(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
-        """See ``Runtime.chat_ids``."""
-        return self.tokenize(render_conversation(self._template, messages, add_generation_prompt))
 
     def other_reader(self) -> None:
         """See ``Runtime.other_reader``: there is none."""

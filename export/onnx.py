@@ -14,6 +14,7 @@ Layout::
     onnx/model_q4.onnx           int4 (transformers.js: dtype "q4")
 """
 
+import importlib.util
 import json
 import os
 import shutil
@@ -121,6 +122,37 @@ def export_onnx(
     finally:
         shutil.rmtree(workplace, ignore_errors=True)
     return [output_dir / "onnx" / FILE_NAMES[precision] for precision in dict.fromkeys(precisions)]
+
+
+def export_tokenizer(model_dir: Path, folder: Path) -> None:
+    """Writes the part of an ONNX folder that turns conversations into token ids, for ONNX Runtime GenAI to
+    read before any weights exist.
+
+    Args:
+        model_dir: Hugging Face folder with config and tokenizer.
+        folder: an empty folder.
+
+    Raises:
+        ExportError: the builder does not know the architecture.
+    """
+    _check_architecture(model_dir)
+    _write_tokenizer(model_dir, folder)
+    # As little as it takes for the tokenizer alone.
+    _write_json(folder / "genai_config.json", {"model": {"type": "llama", "context_length": 1}, "search": {}})
+
+
+def _check_architecture(model_dir: Path) -> None:
+    """The builder is a long chain of comparisons with names of architectures, and nothing else lists them."""
+    names = json.loads((model_dir / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
+    spec = importlib.util.find_spec("onnxruntime_genai")
+    assert spec is not None
+    assert spec.origin is not None
+    builder = Path(spec.origin).parent / "models" / "builder.py"
+    if f'"{names[0]}"' not in builder.read_text(encoding="utf-8"):
+        raise ExportError(
+            f"{model_dir / 'config.json'}: the architecture {names[0] or 'is not named and'} is not known to "
+            "ONNX Runtime GenAI's builder."
+        )
 
 
 def _check_arguments(model_dir: Path, output_dir: Path, precisions: Sequence[str]) -> None:

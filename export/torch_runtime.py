@@ -15,7 +15,49 @@ from export.generation import Stated, stated
 from export.runtime import Message
 
 
-class TorchRuntime:
+class TransformersReader:
+    """See ``export.runtime.ChatReader``: a Hugging Face folder's own tokenizer and chat template."""
+
+    name = "transformers"
+
+    def __init__(self, path: Path, trust_remote_code: bool = False):
+        """
+        Args:
+            path: a Hugging Face folder with a tokenizer.
+            trust_remote_code: run tokenizer code that the folder carries.
+
+        Raises:
+            ExportError: the tokenizer cannot be loaded.
+        """
+        self._path = Path(path)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                path, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise ExportError(f"{path}: cannot be loaded in transformers ({reason}).") from error
+
+    def tokenize(self, text: str) -> list[int]:
+        """See ``Runtime.tokenize``."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def chat_ids(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
+        """See ``Runtime.chat_ids``.
+
+        Raises:
+            ExportError: the model has no chat template, or it refuses the conversation.
+        """
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except (TemplateError, TypeError, ValueError, LookupError) as error:
+            raise ExportError(f"{self._path}: its chat template cannot be rendered ({error}).") from error
+        return self.tokenize(str(text))
+
+
+class TorchRuntime(TransformersReader):
     """See ``export.runtime.Runtime``. Safetensors only; the folder's own code runs only when asked for."""
 
     name = "torch"
@@ -37,13 +79,13 @@ class TorchRuntime:
         Raises:
             ExportError: the folder holds no safetensors, or they or the tokenizer cannot be loaded.
         """
-        self._path = path = Path(path)
+        path = Path(path)
         if not list(path.glob("*.safetensors")):
             raise ExportError(f"{path}: no .safetensors file; only safetensors are loaded.")
         torch.set_num_threads(threads)
+        super().__init__(path, trust_remote_code)
         try:
             safe = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-            self.tokenizer = AutoTokenizer.from_pretrained(path, **safe)
             self.model = AutoModelForCausalLM.from_pretrained(
                 path, dtype=torch.float32, use_safetensors=True, **safe
             )
@@ -76,24 +118,6 @@ class TorchRuntime:
             "config.json": {"context_length": self.trained_context_length},
         }
         self.reset()
-
-    def tokenize(self, text: str) -> list[int]:
-        """See ``Runtime.tokenize``."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def chat_ids(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
-        """See ``Runtime.chat_ids``.
-
-        Raises:
-            ExportError: the model has no chat template, or it refuses the conversation.
-        """
-        try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except (TemplateError, TypeError, ValueError, LookupError) as error:
-            raise ExportError(f"{self._path}: its chat template cannot be rendered ({error}).") from error
-        return self.tokenize(str(text))
 
     def other_reader(self) -> None:
         """See ``Runtime.other_reader``: there is none."""

@@ -25,6 +25,7 @@ from pipeline import (
     hidden_states,
     importance_matrix,
     instruct,
+    preflight,
     prepare,
     pretrain,
     student,
@@ -100,7 +101,7 @@ def stage_names(plan: Recipe) -> list[str]:
     """The stages that the flow goes through with this recipe, in its order."""
     formats = [name for name in exports.FORMATS if getattr(plan.export, name)]
     return [
-        *("teacher", "prepare", "chats", "student"),
+        *("teacher", "prepare", "student", "preflight", "chats"),
         *(["hidden states"] if plan.teacher.cache != "none" else []),
         "distill",
         *(["control"] if plan.distill.control else []),
@@ -205,8 +206,9 @@ def ship(recipe: Path, store: Path, release: Path) -> dict[str, Any]:
 
     made["teacher"] = step(teacher.run, "teacher")(shelf, plan)
     made["text"] = step(prepare.run, "prepare")(shelf, plan, made["teacher"])
-    made["chats"] = step(chats.run, "chats")(shelf, plan, made["teacher"])
     made["student"] = step(student.run, "student")(shelf, plan, made["teacher"], made["text"])
+    made["preflight"] = step(preflight.run, "preflight")(shelf, plan, made["student"])
+    made["chats"] = step(chats.run, "chats")(shelf, plan, made["teacher"])
     if plan.teacher.cache != "none":
         made["hidden_states"] = step(hidden_states.run, "hidden states")(
             shelf, plan, made["teacher"], made["text"], made["student"]

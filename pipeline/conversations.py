@@ -4,6 +4,9 @@ import json
 from itertools import islice
 from pathlib import Path
 
+from export.errors import ExportError
+from export.runtime import ChatReader
+
 SAMPLE_CONVERSATIONS = 4
 SAMPLE_TOKENS = 48
 
@@ -118,6 +121,43 @@ def answered_conversations() -> list[Messages]:
     return [
         [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": answer}] for answer in answers
     ]
+
+
+ChatIds = dict[str, list[list[int] | None]]
+"""Of "False" and "True" (with generation prompt), the token ids of each fixed conversation; None where the
+model's template refuses it (many know no system message)."""
+
+
+def reference_chat_ids(model: ChatReader) -> ChatIds:
+    """What the model's own template and tokenizer make of the fixed conversations.
+
+    Raises:
+        ExportError: it renders none of them.
+    """
+    found: ChatIds = {"False": [], "True": []}
+    refusal = None
+    for prompt in (False, True):
+        for messages in fixed_conversations():
+            try:
+                found[str(prompt)].append(model.chat_ids(messages, prompt))
+            except ExportError as error:
+                found[str(prompt)].append(None)
+                refusal = error
+    if refusal is not None and not any(ids for rendered in found.values() for ids in rendered):
+        raise refusal
+    return found
+
+
+def chat_ids_of(reader: ChatReader, expected: ChatIds) -> ChatIds:
+    """What a file's template and tokenizer make of those conversations that the model's own renders."""
+    conversations = fixed_conversations()
+    return {
+        prompt: [
+            None if ids is None else reader.chat_ids(messages, prompt == "True")
+            for messages, ids in zip(conversations, rendered, strict=True)
+        ]
+        for prompt, rendered in expected.items()
+    }
 
 
 def held_out_prompts(path: Path) -> list[Messages]:

@@ -17,7 +17,7 @@ from export.generation import differences
 from export.runtime import ChatReader, Message, Runtime, generate_greedily, open_runtime
 from pipeline.artifacts import write_json
 from pipeline.bench_worker import without_torch
-from pipeline.conversations import SAMPLE_TOKENS, answered_conversations, fixed_conversations
+from pipeline.conversations import SAMPLE_TOKENS, answered_conversations, chat_ids_of, reference_chat_ids
 from pipeline.fidelity import Fidelity
 
 CHUNK = 256
@@ -37,43 +37,6 @@ FLOOR_ROWS = 2
 
 STEPS = 16
 """Tokens decoded one by one, to compare with the same tokens in one pass."""
-
-
-ChatIds = dict[str, list[list[int] | None]]
-"""Of "False" and "True" (with generation prompt), the token ids of each fixed conversation; None where the
-model's template refuses it (many know no system message)."""
-
-
-def reference_chat_ids(runtime: Runtime) -> ChatIds:
-    """What the model's own template and tokenizer make of the fixed conversations.
-
-    Raises:
-        ExportError: it renders none of them.
-    """
-    found: ChatIds = {"False": [], "True": []}
-    refusal = None
-    for prompt in (False, True):
-        for messages in fixed_conversations():
-            try:
-                found[str(prompt)].append(runtime.chat_ids(messages, prompt))
-            except ExportError as error:
-                found[str(prompt)].append(None)
-                refusal = error
-    if refusal is not None and not any(ids for rendered in found.values() for ids in rendered):
-        raise refusal
-    return found
-
-
-def chat_ids_of(reader: ChatReader, expected: ChatIds) -> ChatIds:
-    """What a file's template and tokenizer make of those conversations that the model's own renders."""
-    conversations = fixed_conversations()
-    return {
-        prompt: [
-            None if ids is None else reader.chat_ids(messages, prompt == "True")
-            for messages, ids in zip(conversations, rendered, strict=True)
-        ]
-        for prompt, rendered in expected.items()
-    }
 
 
 def facts(runtime: Runtime) -> dict[str, Any]:

@@ -218,6 +218,17 @@ def test_teacher_and_student_with_different_tokenizers(
     assert_nothing_half_written(tmp_path)
 
 
+def test_a_format_that_cannot_hold_the_student_is_told_before_training(
+    martlet: Call, prefect_server: None, tiny_recipe: dict[str, Any], write_recipe: Write, tmp_path: Path
+) -> None:
+    del tiny_recipe["export"]["pre_tokenizer"]
+    code, _, err = ship(martlet, write_recipe(tiny_recipe), tmp_path)
+    assert code == 2, err
+    assert_one_sentence(err, "export.gguf", "does not recognise this pre-tokenizer")
+    assert not (tmp_path / "store" / "distill").exists()
+    assert_nothing_half_written(tmp_path)
+
+
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 1 MiB, smaller than the tiny teacher."""

@@ -1,0 +1,162 @@
+"""Before any training: can every requested format hold the student? Told by its configuration and tokenizer
+alone, in seconds, where an export would tell it after hours."""
+
+import contextlib
+import json
+import math
+import tempfile
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from export.errors import ExportError
+from export.gguf import export_vocabulary
+from export.mlc import chat_config, read_architecture
+from export.onnx import export_tokenizer
+from export.quantizations import MLC
+from export.runtime import ChatReader
+from export.torch_runtime import TransformersReader
+from pipeline.artifacts import Artifact, Store, write_json
+from pipeline.conversations import ChatIds, chat_ids_of, reference_chat_ids
+from pipeline.errors import UserError
+from pipeline.exports import FORMATS
+from pipeline.recipe import Recipe
+
+STAGE = "preflight"
+VERSION = 1
+
+
+def run(store: Store, recipe: Recipe, student: Artifact) -> Artifact:
+    """Proves that the recipe's formats can hold the student.
+
+    Returns:
+        ``preflight.json``: {"formats": [...]}, those that were proven.
+
+    Raises:
+        UserError: one cannot; the sentence names the format and the reason.
+    """
+    formats = [name for name in FORMATS if getattr(recipe.export, name)]
+
+    def make(output: Path, work: Path) -> None:
+        found = problems(
+            student.path / "model",
+            formats,
+            pre_tokenizer=recipe.export.pre_tokenizer,
+            log=store.log_file("preflight"),
+        )
+        require_none(found)
+        write_json(output / "preflight.json", {"formats": formats})
+
+    parameters = {"formats": formats, "pre_tokenizer": recipe.export.pre_tokenizer}
+    return store.get_or_make(STAGE, VERSION, parameters, {"student": student}, make)
+
+
+def require_none(found: list[str]) -> None:
+    """Ends the command where there are problems.
+
+    Raises:
+        UserError: with the first one and the number of the others.
+    """
+    if found:
+        more = f" ({len(found) - 1} more formats cannot hold it.)" if len(found) > 1 else ""
+        raise UserError(found[0] + more)
+
+
+def problems(
+    model_dir: Path,
+    formats: Collection[str],
+    *,
+    pre_tokenizer: str | None = None,
+    chats: bool = True,
+    log: Path | None = None,
+) -> list[str]:
+    """What keeps formats from holding a model.
+
+    The exporters check architecture, configuration and chat template, and write what there is to write
+    without weights; the runtimes' own tokenizers then read the fixed conversations from that.
+
+    Args:
+        model_dir: Hugging Face folder.
+        formats: of ``pipeline.exports.FORMATS``.
+        pre_tokenizer: llama.cpp's name of the pre-tokenizer, for one that its converter does not recognise.
+        chats: a model without a chat template is a problem of every format; else only of MLC.
+        log: file that keeps what llama.cpp's converter writes.
+
+    Returns:
+        A sentence for each format that cannot, with its name.
+    """
+    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as opened:
+        folder = Path(temporary)
+
+        def open_gguf() -> ChatReader:
+            from export.llama_cpp_runtime import LlamaCppReader
+
+            vocabulary = folder / "vocabulary.gguf"
+            export_vocabulary(model_dir, vocabulary, pre_tokenizer=pre_tokenizer, log=log)
+            reader = LlamaCppReader(vocabulary)
+            opened.callback(reader.close)
+            return reader
+
+        def open_mlc() -> ChatReader:
+            from export.mlc_runtime import MlcReader
+
+            quantization = next(iter(MLC))
+            config = chat_config(model_dir, read_architecture(model_dir, quantization), quantization)
+            return MlcReader(config["conv_template"], model_dir / "tokenizer.json")
+
+        def open_onnx() -> ChatReader:
+            from export.onnx_runtime import GenaiTokenizer
+
+            export_tokenizer(model_dir, folder)
+            return GenaiTokenizer(folder)
+
+        try:
+            expected = _expected_ids(model_dir, chats)
+        except ExportError as error:
+            return [f"export: no format can hold the model: {error}"]
+        found = []
+        openers: dict[str, Callable[[], ChatReader]] = {
+            "mlc": open_mlc,
+            "onnx": open_onnx,
+            "gguf": open_gguf,
+        }
+        for name in [name for name in openers if name in formats]:
+            try:
+                reader = openers[name]()
+                differing = _first_difference(reader, expected)
+            except ExportError as error:
+                found.append(f"export.{name}: {error}")
+                continue
+            if differing is not None:
+                remedy = "leave the format out or mend the tokenizer"
+                if name == "gguf" and pre_tokenizer:
+                    remedy = f"pre_tokenizer {pre_tokenizer} is not the model's, name another"
+                found.append(
+                    f"export.{name}: {reader.name} makes other token ids of the fixed conversations than "
+                    f"transformers, first of number {differing}; {remedy}."
+                )
+        return found
+
+
+def _expected_ids(model_dir: Path, chats: bool) -> ChatIds:
+    reader = TransformersReader(model_dir)
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    rows = config.get("text_config", config).get("vocab_size", math.inf)
+    highest = max(reader.tokenizer.get_vocab().values())
+    if highest >= rows:
+        raise ExportError(
+            f"{model_dir / 'tokenizer.json'}: has token ids up to {highest}, but config.json a vocab_size of "
+            f"{rows}; add rows to the embedding."
+        )
+    if not chats and not reader.tokenizer.chat_template:
+        return {}
+    return reference_chat_ids(reader)
+
+
+def _first_difference(reader: ChatReader, expected: ChatIds) -> int | None:
+    """The number of the first conversation that a reader reads otherwise."""
+    read = chat_ids_of(reader, expected)
+    for prompt, ids in expected.items():
+        for number, (one, other) in enumerate(zip(ids, read[prompt], strict=True)):
+            if one != other:
+                return number
+    return None
