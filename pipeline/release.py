@@ -44,7 +44,7 @@ CARD = "README.md"
 MODELFILE = "Modelfile"
 LONGEST_NAME, LONGEST_PATH = 255, 1024
 """Bytes of a file's name and characters of its path in a release."""
-VERSION = 5
+VERSION = 6
 """Raised when the same artifacts give another release."""
 
 

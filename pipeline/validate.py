@@ -27,7 +27,7 @@ from pipeline.progress import Progress
 from pipeline.recipe import Recipe, Thresholds
 
 STAGE = "fidelity"
-VERSION = 5
+VERSION = 6
 REFERENCE_VERSION = 2
 HELD_OUT_CHATS = 8
 ANSWERS = "unquantized-answers"
