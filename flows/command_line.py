@@ -179,18 +179,22 @@ def compare(
 
 @app.command()
 def export(
-    model: Annotated[Path, typer.Argument(help="Hugging Face folder with safetensors.")],
+    model: Annotated[Path, typer.Argument(help="Hugging Face or adapter folder with safetensors.")],
     output: Annotated[Path, typer.Option(help="New folder that receives the files.")],
     format: Annotated[
-        str, typer.Option(help="gguf, mlc or onnx.", autocompletion=lambda: ["gguf", "mlc", "onnx"])
-    ] = "gguf",
-    quantization: Annotated[
         str,
         typer.Option(
-            help="Quantizations, separated by commas.",
+            help="gguf, mlc or onnx, or several, separated by commas.",
+            autocompletion=lambda: ["gguf", "mlc", "onnx"],
+        ),
+    ] = "gguf",
+    quantization: Annotated[
+        str | None,
+        typer.Option(
+            help="Quantizations, separated by commas; q4_k_m, q4f32_1 and int4 if left out.",
             autocompletion=lambda: [*quantizations.GGUF, *quantizations.MLC, *quantizations.ONNX],
         ),
-    ] = "q4_k_m",
+    ] = None,
     name: Annotated[str | None, typer.Option(help="First part of the file names.")] = None,
     pre_tokenizer: Annotated[str | None, typer.Option(help="llama.cpp's name of the pre-tokenizer.")] = None,
     importance_matrix: Annotated[
@@ -199,42 +203,21 @@ def export(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Export any Hugging Face folder.
+    """Export any Hugging Face folder, or an adapter merged into its model.
 
-    Example: martlet export my-model --format gguf --quantization q8_0,q4_k_m --output my-model-gguf
+    Example: martlet export my-model --format gguf,onnx --quantization q8_0,q4_k_m,int4 --output exported
     """
-    from export.untrusted import check_model_folder
+    from pipeline import export_folder
 
-    wanted = [part.strip() for part in quantization.split(",") if part.strip()]
-    if model.is_dir():
-        check_model_folder(model)
-    name = name or model.resolve().name
-    report = (lambda line: None) if quiet else progress_line
-    if format == "gguf":
-        from export.gguf import export_gguf
-
-        matrix = None
-        if importance_matrix is not None:
-            matrix = importance_of_file(model, importance_matrix, report)
-        paths = export_gguf(
-            model,
-            output,
-            name.lower(),
-            wanted,
-            importance_matrix=matrix,
-            pre_tokenizer=pre_tokenizer,
-            progress=report,
-        )
-    elif format == "onnx":
-        from export.onnx import export_onnx
-
-        paths = export_onnx(model, output, name, wanted, progress=report)
-    elif format == "mlc":
-        from export.mlc import export_mlc
-
-        paths = [export_mlc(model, output / q, name, q, progress=report) for q in wanted]
-    else:
-        raise UserError(f"--format: there is no format {format!r}; choose gguf, mlc or onnx.")
+    paths = export_folder.run(
+        model,
+        output,
+        export_folder.wanted_of(format, quantization),
+        name or model.resolve().name,
+        pre_tokenizer=pre_tokenizer,
+        importance_text=importance_matrix,
+        progress=(lambda line: None) if quiet else progress_line,
+    )
     if as_json:
         print(json.dumps([str(path) for path in paths]))
     else:
@@ -453,17 +436,6 @@ def check_recipe_file(path: Path) -> Any:
     plan = load_recipe(path)
     check_recipe(plan, path)
     return plan
-
-
-def importance_of_file(model: Path, file: Path, report: Callable[[str], None]) -> Any:
-    """The importance matrix of a model on a text file, under the names of GGUF tensors."""
-    from export.importance import gguf_importance, measure_importance, rows_of_text
-
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--importance-matrix: {file}: cannot be read as text ({error}).") from None
-    return gguf_importance(measure_importance(model, list(rows_of_text(model, text)), progress=report), model)
 
 
 def progress_line(line: str) -> None:

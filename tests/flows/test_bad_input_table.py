@@ -391,15 +391,23 @@ TABLE = (
     ),
     line(
         "export {here} --output {here}/out --quantization q9_9",
-        "There is no GGUF quantization 'q9_9'; choose from ....",
+        "--quantization: gguf knows no 'q9_9'; choose from ....",
     ),
     line(
         "export {here} --output {here}/out --format onnx --quantization int3",
-        "'int3' is no ONNX precision of ours; choose from ....",
+        "--quantization: onnx knows no 'int3'; choose from ....",
     ),
     line(
         "export {here} --output {here}/out --format mlc --quantization q1f1",
-        "There is no MLC quantization 'q1f1'; choose from ....",
+        "--quantization: mlc knows no 'q1f1'; choose from ....",
+    ),
+    line(
+        "export {here} --output {here}/out --format gguf,mlc --quantization q8_0",
+        "--quantization: names none for mlc; add one of ....",
+    ),
+    line(
+        "export {here} --output {here}/out --format gguf,mlc --quantization q8_0,int4",
+        "--quantization: gguf and mlc know no 'int4'; choose from ....",
     ),
     line(
         "export {here} --output {here}/out --format onnx --quantization fp32",
