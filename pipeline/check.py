@@ -1,6 +1,7 @@
 """What can be known of a recipe before anything runs."""
 
 import importlib.metadata
+import importlib.util
 from pathlib import Path
 
 from pipeline.errors import UserError
@@ -27,6 +28,12 @@ def check_recipe(recipe: Recipe, path: Path) -> None:
     for key, source in sources:
         if ":" not in source and not Path(source).exists():
             raise UserError(f"{path}: {key}: {source}: no such file.")
+    for name in recipe.report_to:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"{path}: report_to: the package {name} is not installed; pip install {name}, or leave it "
+                "out."
+            )
     matrix = recipe.export.importance_matrix
     if matrix is not None and matrix != CALIBRATION and not Path(matrix).is_file():
         raise UserError(

@@ -25,6 +25,7 @@ from pipeline.training import (
     ProgressLines,
     curve_of,
     peak_memory,
+    reporting,
     start_counting_memory,
     train,
     training_values,
@@ -121,6 +122,7 @@ def run(
                 train_teacher,
                 held_out_teacher,
                 work,
+                store.root / "logs",
                 store.report,
             )
         else:
@@ -201,6 +203,7 @@ def train_student(
     train_teacher: LiveTeacher | CachedTeacher | SampledTeacher,
     held_out_teacher: LiveTeacher | CachedTeacher,
     work: Path,
+    logs: Path,
     report: Callable[[str], None],
     save_to: Path | None = None,
     **distribution: Any,
@@ -208,6 +211,7 @@ def train_student(
     """Trains the model, from the last checkpoint in ``work`` when there is one.
 
     Args:
+        logs: see ``reporting``.
         save_to: folder for the trained weights; None leaves them in ``model``.
         distribution: arguments of ``TrainingArguments`` that say how processes share the work.
 
@@ -217,7 +221,7 @@ def train_student(
     Raises:
         UserError: training diverges, or objective and teacher do not fit together.
     """
-    section = recipe.distill
+    section, run_name = recipe.distill, f"{STAGE} {objective}"
     if section.freeze_embeddings:
         freeze_embeddings(model)
     length = blocks["train"].shape[1]
@@ -234,7 +238,7 @@ def train_student(
         trainer = DistillationTrainer(
             model=model,
             args=TrainingArguments(
-                **training_values(section, work, recipe.seed),
+                **training_values(section, work, recipe.seed, run_name),
                 eval_strategy="steps",
                 eval_steps=section.evaluate_every,
                 eval_on_start=generations is not None and generations.adaptive,
@@ -251,7 +255,10 @@ def train_student(
             interpolation=interpolation,
             generations=generations,
             processing_class=tokenizer,
-            callbacks=[ProgressLines(f"distill ({objective})", report)],
+            callbacks=[
+                ProgressLines(f"distill ({objective})", report),
+                *reporting(recipe, run_name, work, logs),
+            ],
         )
     except TaidError as error:
         raise UserError(f"distill: {error}") from None
@@ -298,6 +305,7 @@ def train_launched(
             "text": str(text.path),
             "hidden_states": None if hidden_states is None else str(hidden_states.path),
             "work": str(work),
+            "logs": str(store.root / "logs"),
         }
         launch_training(
             launch, "pipeline.distill", request, work, store.log_file(f"distill {objective}"), store.report
@@ -315,7 +323,7 @@ def work_on(request: dict[str, Any]) -> None:
     assert recipe.launch is not None
     torch.set_num_threads(max(1, recipe.threads // recipe.launch.processes))
     state = PartialState(cpu=not torch.cuda.is_available())
-    paths = {role: Path(request[role]) for role in ("teacher", "student", "text", "work")}
+    paths = {role: Path(request[role]) for role in ("teacher", "student", "text", "work", "logs")}
     hidden_states = request["hidden_states"] and Path(request["hidden_states"])
     blocks, positions = text_blocks(paths["text"])
     model = load_model(paths["student"] / "model")
@@ -333,6 +341,7 @@ def work_on(request: dict[str, Any]) -> None:
         positions,
         *teachers(recipe, paths["teacher"], hidden_states),
         paths["work"],
+        paths["logs"],
         tell if state.is_main_process else lambda line: None,
         unfinished,
         **distribution,

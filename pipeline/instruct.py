@@ -18,7 +18,7 @@ from pipeline.conversations import SAMPLE_TOKENS, held_out_prompts
 from pipeline.fidelity import Fidelity
 from pipeline.models import load_model, load_tokenizer, save_model
 from pipeline.recipe import Recipe
-from pipeline.training import ProgressLines, curve_of, train, training_values
+from pipeline.training import ProgressLines, curve_of, reporting, train, training_values
 from taid import LiveTeacher, TaidError, evaluate_distillation, freeze_embeddings
 
 STAGE = "instruct"
@@ -63,7 +63,7 @@ def run(store: Store, recipe: Recipe, teacher: Artifact, student: Artifact, chat
         trainer = SFTTrainer(
             model=model,
             args=SFTConfig(
-                **training_values(section, work, recipe.seed),
+                **training_values(section, work, recipe.seed, STAGE),
                 max_length=None,
                 packing=False,
                 completion_only_loss=False,
@@ -84,7 +84,10 @@ def run(store: Store, recipe: Recipe, teacher: Artifact, student: Artifact, chat
             ),
             processing_class=tokenizer,
             peft_config=lora,
-            callbacks=[ProgressLines("instruct", store.report)],
+            callbacks=[
+                ProgressLines(STAGE, store.report),
+                *reporting(recipe, STAGE, work, store.root / "logs"),
+            ],
         )
         train(trainer, work, "instruct")
         adapted: Any = trainer.model

@@ -9,7 +9,7 @@ from pipeline.artifacts import Artifact, Store, write_json
 from pipeline.errors import UserError
 from pipeline.models import load_model, load_tokenizer, position_ids, save_model
 from pipeline.recipe import Recipe
-from pipeline.training import ProgressLines, curve_of, train, training_values
+from pipeline.training import ProgressLines, curve_of, reporting, train, training_values
 from taid import DistillationTrainer, TokenBlockDataset, freeze_embeddings
 
 STAGE = "pretrain"
@@ -44,11 +44,14 @@ def run(store: Store, recipe: Recipe, student: Artifact, text: Artifact) -> Arti
             freeze_embeddings(model)
         trainer = DistillationTrainer(
             model=model,
-            args=TrainingArguments(**training_values(section, work, recipe.seed)),
+            args=TrainingArguments(**training_values(section, work, recipe.seed, STAGE)),
             train_dataset=TokenBlockDataset(blocks[:wanted], position_ids=positions[:wanted]),
             objective="cross_entropy",
             processing_class=tokenizer,
-            callbacks=[ProgressLines("pretrain", store.report)],
+            callbacks=[
+                ProgressLines(STAGE, store.report),
+                *reporting(recipe, STAGE, work, store.root / "logs"),
+            ],
         )
         train(trainer, work, "pretrain")
         model.requires_grad_(True)

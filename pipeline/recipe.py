@@ -342,6 +342,11 @@ class Recipe(Section):
     )
     seed: int = Field(0, ge=0, lt=2**32)
     threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
+    report_to: list[Literal["tensorboard", "wandb"]] = Field(
+        default=[],
+        description="Where distill, pretrain and instruct log to as well: tensorboard (event files in "
+        "store/logs/tensorboard), wandb. The packages must be installed.",
+    )
     teacher: Teacher
     data: Data
     student: Student

@@ -1,5 +1,6 @@
 """What the training stages share: the Trainer's arguments, progress lines, resuming, learning curves."""
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -7,19 +8,21 @@ from typing import Any
 
 import torch
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from pipeline.errors import UserError
 from pipeline.memory import forget_peak, freed_memory_kept, memory
 from pipeline.models import throttled
 from pipeline.progress import Progress
-from pipeline.recipe import Training
+from pipeline.recipe import Recipe, Training
 from taid import TaidError, last_complete_checkpoint
 
 
-def training_values(section: Training, work: Path, seed: int) -> dict[str, Any]:
+def training_values(section: Training, work: Path, seed: int, run_name: str) -> dict[str, Any]:
     """Keyword arguments of ``TrainingArguments`` (and of TRL's ``SFTConfig``) for a training section."""
     return {
         "output_dir": str(work),
+        "run_name": run_name,
         "learning_rate": section.learning_rate,
         "per_device_train_batch_size": section.batch_size,
         "per_device_eval_batch_size": section.batch_size,
@@ -36,13 +39,47 @@ def training_values(section: Training, work: Path, seed: int) -> dict[str, Any]:
         "save_total_limit": 2,
         "seed": seed,
         "data_seed": seed,
-        "report_to": [],
+        "report_to": [],  # see reporting()
         "disable_tqdm": True,
         "use_cpu": not torch.cuda.is_available(),
         "bf16": torch.cuda.is_available(),
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": False,
     }
+
+
+def reporting(recipe: Recipe, run_name: str, work: Path, logs: Path) -> list[TrainerCallback]:
+    """The Trainer's own integrations that the recipe's ``report_to`` names.
+
+    Args:
+        recipe: the recipe.
+        run_name: names the training among others.
+        work: where its checkpoints are; a run that goes on from there goes on in the same event folder.
+        logs: folder of logs. TensorBoard's event files go into ``tensorboard/RUN-KEY`` below it, W&B's local
+            files, unless its own variables say otherwise, into ``wandb``.
+    """
+    callbacks: list[TrainerCallback] = []
+    if "tensorboard" in recipe.report_to:
+        tensorboard = TensorBoardCallback()
+        tensorboard.logging_dir = str(logs / "tensorboard" / f"{run_name.replace(' ', '-')}-{work.name[:8]}")
+        callbacks.append(tensorboard)
+    if "wandb" in recipe.report_to:
+        logs.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("WANDB_DIR", str(logs))
+        os.environ.setdefault("WANDB_PROJECT", "martlet")
+        callbacks.append(OneRunATraining())
+    return callbacks
+
+
+class OneRunATraining(WandbCallback):
+    """W&B's run ends with the training, or the next stage in this process would go on in it."""
+
+    def on_train_end(self, *arguments: Any, **keywords: Any) -> None:
+        """Ends the run."""
+        import wandb
+
+        super().on_train_end(*arguments, **keywords)
+        wandb.finish()
 
 
 class ProgressLines(TrainerCallback):
