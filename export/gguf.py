@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -205,20 +206,26 @@ def stage_model(model_dir: Path, staging: Path) -> dict[str, Any]:
     """Links a model folder's data into a new folder, with a configuration that older readers understand.
 
     transformers 5 writes ``rope_parameters`` only; readers of the top-level ``rope_theta`` would silently
-    take 10000. Python files and ``auto_map`` are left out: nothing of the folder may run as code.
+    take 10000. It writes no ``added_tokens_decoder`` either, without which control tokens of a SentencePiece
+    model would be text. Python files and ``auto_map`` are left out: nothing of the folder may run as code.
 
     Returns:
         The completed configuration.
 
     Raises:
-        ExportError: config.json or tokenizer_config.json cannot be read.
+        ExportError: config.json or tokenizer_config.json cannot be read, or llama.cpp computes such a model
+            otherwise.
     """
     staging.mkdir()
     config = _read_json(model_dir / "config.json")
+    _check_gemma3({**config, **config.get("text_config", {})}, model_dir / "config.json")
     config.pop("auto_map", None)
     parameters = config.get("rope_parameters")
     if isinstance(parameters, dict) and "rope_theta" in parameters:
         config.setdefault("rope_theta", parameters["rope_theta"])
+    tokenizer = _read_json(model_dir / "tokenizer.json")
+    if not (model_dir / "tokenizer.model").is_file():
+        _write_sentencepiece(tokenizer, staging / "tokenizer.model")
     rewritten = {"config.json": config}
     generation = _read_json(model_dir / "generation_config.json")
     if generation.get("repetition_penalty") is not None:
@@ -229,12 +236,83 @@ def stage_model(model_dir: Path, staging: Path) -> dict[str, Any]:
     if (model_dir / "tokenizer_config.json").is_file():
         rewritten["tokenizer_config.json"] = _read_json(model_dir / "tokenizer_config.json")
         rewritten["tokenizer_config.json"].pop("auto_map", None)
+        rewritten["tokenizer_config.json"].setdefault(
+            "added_tokens_decoder",
+            {
+                str(token["id"]): {key: token[key] for key in token if key != "id"}
+                for token in tokenizer.get("added_tokens") or []
+            },
+        )
     for path in model_dir.iterdir():
         if path.is_file() and path.suffix in DATA_SUFFIXES and path.name not in rewritten:
             (staging / path.name).symlink_to(path.resolve())
     for file_name, content in rewritten.items():
         (staging / file_name).write_text(json.dumps(content, indent=2), encoding="utf-8")
     return config
+
+
+def _write_sentencepiece(tokenizer: Mapping[str, Any], path: Path) -> None:
+    """Writes the SentencePiece model that llama.cpp's converter wants of Gemma and of early Llama models, and
+    which transformers 5 no longer saves, from the same in tokenizer.json: BPE with bytes to fall back on.
+    Writes nothing for another kind of tokenizer.
+
+    SentencePiece merges the pair whose piece has the highest score, BPE the pair of the lowest rank: a
+    piece's score is its rank, negated. The token-id gate proves the result.
+    """
+    model = tokenizer.get("model") or {}
+    vocabulary = model.get("vocab") or {}
+    if (
+        model.get("type") != "BPE"
+        or not model.get("byte_fallback")
+        or model.get("unk_token") not in vocabulary
+    ):
+        return
+    from sentencepiece import sentencepiece_model_pb2
+
+    scores: dict[str, float] = {}
+    for rank, pair in enumerate(model["merges"]):
+        scores.setdefault("".join(pair.split(" ") if isinstance(pair, str) else pair), -float(rank))
+    special = {token["content"] for token in tokenizer.get("added_tokens") or [] if token["special"]}
+    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    proto.trainer_spec.model_type = proto.trainer_spec.BPE
+    proto.trainer_spec.byte_fallback = True
+    proto.trainer_spec.unk_id = vocabulary[model["unk_token"]]
+    names = {token_id: token for token, token_id in vocabulary.items()}
+    for token_id in range(max(names) + 1):
+        # SentencePiece wants every piece's name once, and an id is a place.
+        name = names.get(token_id, f"<unused id {token_id}>")
+        piece = proto.pieces.add(piece=name, score=scores.get(name, 0.0), type=1)
+        if token_id not in names:
+            piece.type = piece.UNUSED
+        elif name == model["unk_token"]:
+            piece.type = piece.UNKNOWN
+        elif name in special:
+            piece.type = piece.CONTROL
+        elif re.fullmatch("<0x[0-9A-F]{2}>", name):
+            piece.type = piece.BYTE
+    path.write_bytes(proto.SerializeToString())
+
+
+def _check_gemma3(text: Mapping[str, Any], file: Path) -> None:
+    """What llama.cpp does not read from a file but takes for granted in every Gemma 3."""
+    if text.get("model_type") not in ("gemma3", "gemma3_text"):
+        return
+    layers, head_dim = text["num_hidden_layers"], text.get("head_dim", 256)
+    # It knows the largest model by its number of layers.
+    expected = text["hidden_size"] // text["num_attention_heads"] if layers == 62 else head_dim
+    scale = text.get("query_pre_attn_scalar", 256)
+    if scale != expected:
+        raise ExportError(
+            f"{file}: query_pre_attn_scalar is {scale}, but llama.cpp scales the attention of such a Gemma 3 "
+            f"by {expected}, so GGUF cannot hold this model."
+        )
+    kinds = text.get("layer_types")
+    pattern = ["full_attention" if (layer + 1) % 6 == 0 else "sliding_attention" for layer in range(layers)]
+    if kinds is not None and list(kinds) != pattern:
+        raise ExportError(
+            f"{file}: layer_types differ from Gemma 3's pattern of five sliding layers and a full one, which "
+            "llama.cpp takes for granted, so GGUF cannot hold this model."
+        )
 
 
 def tensor_type_of_each(path: Path) -> dict[str, str]:

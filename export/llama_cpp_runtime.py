@@ -96,17 +96,21 @@ class LlamaCppReader:
         return list(buffer[:count])
 
     def chat_ids(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
-        """See ``Runtime.chat_ids``. A BOS is added where llama.cpp itself would add one, even a second."""
+        """See ``Runtime.chat_ids``. Where llama.cpp adds a BOS by itself, the template's own is taken away,
+        as in llama.cpp's chat; what is left, even a second one, counts."""
+        special = self._special_tokens()
         try:
             text = self._template().render(
                 messages=list(messages),
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
                 documents=None,
-                **self._special_tokens(),
+                **special,
             )
         except (TemplateError, TypeError, ValueError, LookupError) as error:
             raise ExportError(f"{self._path}: its chat template cannot be rendered ({error}).") from error
+        if llama_cpp.llama_vocab_get_add_bos(self._vocab) and "bos_token" in special:
+            text = text.removeprefix(special["bos_token"])
         return self._tokenize(text, add_special=True)
 
     def _template(self) -> Template:

@@ -24,7 +24,7 @@ from export.processes import run_logged
 from export.quantizations import MLC as QUANTIZATIONS
 from export.quantizations import MLC_LIBRARIES
 
-ATTENTION_NAMES = {"llama": "qkv_proj", "qwen2": "c_attn"}
+ATTENTION_NAMES = {"llama": "qkv_proj", "qwen2": "c_attn", "qwen3": "c_attn"}
 """Model types that can be exported, and MLC's name of their fused attention input."""
 
 PREFILL_CHUNK = 2048
@@ -164,6 +164,7 @@ def read_architecture(model_dir: Path, quantization: str) -> Any:
         tied=bool(config.get("tie_word_embeddings")),
         attention_bias=model_type == "qwen2" or bool(config.get("attention_bias")),
         attention_name=ATTENTION_NAMES[model_type],
+        head_norms=model_type == "qwen3",
         quantized=QUANTIZATIONS[quantization][1],
         weight_dtype=QUANTIZATIONS[quantization][0],
         context_length=config["max_position_embeddings"],
@@ -177,8 +178,10 @@ def read_architecture(model_dir: Path, quantization: str) -> Any:
             raise ExportError(f"{model_dir / 'config.json'}: {key} {width} is not divisible by {GROUP}.")
     if architecture.head_dim % 8:
         raise ExportError(f"{model_dir / 'config.json'}: head_dim must be divisible by 8.")
-    if model_type == "llama" and architecture.attention_bias:
-        raise ExportError(f"{model_dir / 'config.json'}: attention_bias cannot be exported for Llama models.")
+    if model_type != "qwen2" and architecture.attention_bias:
+        raise ExportError(
+            f"{model_dir / 'config.json'}: attention_bias of a {model_type} model cannot be exported to MLC."
+        )
     return architecture
 
 
@@ -324,11 +327,15 @@ def _weights(model_dir: Path, architecture: Any, total: dict[str, Any]) -> Itera
         )
         name = f"{prefix}.post_attention_layernorm.weight"
         yield from emit(name, read(name))
+        if architecture.head_norms:
+            yield from emit(f"{prefix}.self_attn.k_norm.weight", read(f"{prefix}.self_attn.k_norm.weight"))
         if architecture.attention_bias:
             yield from emit(f"{attention}.bias", joined([f"{part}.bias" for part in queries]))
         yield from emit(f"{attention}.weight", joined([f"{part}.weight" for part in queries]))
         name = f"{prefix}.self_attn.o_proj.weight"
         yield from emit(name, read(name))
+        if architecture.head_norms:
+            yield from emit(f"{prefix}.self_attn.q_norm.weight", read(f"{prefix}.self_attn.q_norm.weight"))
     yield from emit("model.norm.weight", read("model.norm.weight"))
 
 
@@ -376,6 +383,7 @@ def chat_config(model_dir: Path, architecture: Any, quantization: str) -> dict[s
             "pipeline_parallel_stages": 1,
             "max_batch_size": 128,
             "disaggregation": False,
+            **_family_settings(config["model_type"], architecture),
         },
         "vocab_size": architecture.vocabulary_size,
         "context_window_size": architecture.context_length,
@@ -399,6 +407,14 @@ def chat_config(model_dir: Path, architecture: Any, quantization: str) -> dict[s
         "model_task": "chat",
         "embedding_metadata": None,
     }
+
+
+def _family_settings(model_type: str, architecture: Any) -> dict[str, Any]:
+    """Keys without which MLC does not read the ``model_config`` of a family."""
+    if model_type == "llama":
+        return {}
+    settings = {"hidden_act": "silu", "rope_theta": architecture.rope_theta}
+    return settings if model_type == "qwen2" else {**settings, "attention_bias": False}
 
 
 def _first(*values: Any) -> Any:

@@ -127,6 +127,9 @@ def _add_model_function(
                 y = caller.call(
                     kernels.bias_kernel(width, a.weight_dtype), "add_bias", [y, bias], [tokens, width]
                 )
+            if a.head_norms:
+                norms = [caller.parameters[f"{prefix}.self_attn.{part}_norm.weight"] for part in "qk"]
+                y = caller.call(kernels.head_norm_kernel(a), "head_norm", [y, *norms], [tokens, width])
             y = builder.emit(
                 relax.call_dps_packed(
                     "vm.builtin.attention_kv_cache_attention_with_fused_qkv",

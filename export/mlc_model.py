@@ -49,7 +49,8 @@ class Architecture:
     rope_theta: float
     tied: bool
     attention_bias: bool
-    attention_name: str  # "qkv_proj" (Llama) or "c_attn" (Qwen2)
+    attention_name: str  # "qkv_proj" (Llama) or "c_attn" (Qwen2, Qwen3)
+    head_norms: bool  # each head's queries and keys are normalized before they are rotated (Qwen3)
     quantized: bool
     weight_dtype: str  # "float32" or "float16": of scales, norms and unquantized matrices
     context_length: int
@@ -107,10 +108,14 @@ def parameters_of(a: Architecture) -> list[tuple[str, tuple[int, ...], str]]:
         found += matrix(f"{prefix}.mlp.down_proj", a.hidden_size, a.intermediate_size)
         found += matrix(f"{prefix}.mlp.gate_up_proj", 2 * a.intermediate_size, a.hidden_size)
         found.append((f"{prefix}.post_attention_layernorm.weight", (a.hidden_size,), a.weight_dtype))
+        if a.head_norms:
+            found.append((f"{prefix}.self_attn.k_norm.weight", (a.head_dim,), a.weight_dtype))
         if a.attention_bias:
             found.append((f"{prefix}.self_attn.{a.attention_name}.bias", (qkv,), a.weight_dtype))
         found += matrix(f"{prefix}.self_attn.{a.attention_name}", qkv, a.hidden_size)
         found += matrix(f"{prefix}.self_attn.o_proj", a.hidden_size, a.heads * a.head_dim)
+        if a.head_norms:
+            found.append((f"{prefix}.self_attn.q_norm.weight", (a.head_dim,), a.weight_dtype))
     found.append(("model.norm.weight", (a.hidden_size,), a.weight_dtype))
     return found
 
@@ -250,6 +255,9 @@ def _emit_function(
             if a.attention_bias:
                 kernel = bias_kernel(qkv_width, a.weight_dtype)
                 qkv = call(kernel, "add_bias", [qkv, by_name[f"{attention}.bias"]], [tokens, qkv_width])
+            if a.head_norms:
+                norms = [by_name[f"{prefix}.self_attn.{part}_norm.weight"] for part in "qk"]
+                qkv = call(head_norm_kernel(a), "head_norm", [qkv, *norms], [tokens, qkv_width])
             keys, values = caches[2 * number], caches[2 * number + 1]
             q = call(
                 rope_kernel(a),
@@ -544,6 +552,50 @@ def norm_kernel(columns: int, epsilon: float, dtype: str) -> tirx.PrimFunc:
                 )
                 for k in range(columns):
                     y[i, k] = x[i, k] * total[0] * T.Cast("float32", weight[k])
+
+    return kernel
+
+
+@cache
+def head_norm_kernel(a: Architecture) -> tirx.PrimFunc:
+    """Each head's queries and keys over the root of their mean square, times a weight; values as they are."""
+    heads, groups, dim, dtype = a.heads, a.key_value_heads, a.head_dim, a.weight_dtype
+    width = (heads + 2 * groups) * dim
+
+    @T.prim_func(private=True, s_tir=True)
+    def kernel(
+        x_handle: T.handle,
+        q_weight: T.Buffer((dim,), dtype),
+        k_weight: T.Buffer((dim,), dtype),
+        y_handle: T.handle,
+    ):
+        T.func_attr({"tirx.is_scheduled": True, "op_pattern": 8, "tirx.noalias": True})
+        tokens = T.int64()
+        x = T.match_buffer(x_handle, (tokens, width), "float32")
+        y = T.match_buffer(y_handle, (tokens, width), "float32")
+        for i, h in T.grid(tokens, heads + groups):
+            with T.sblock("head"):
+                T.reads()
+                T.writes()
+                total = T.alloc_buffer((8,), "float32")
+                for lane in T.vectorized(8):
+                    total[lane] = T.float32(0)
+                for k in range(dim // 8):
+                    for lane in T.vectorized(8):
+                        total[lane] = (
+                            total[lane] + x[i, h * dim + k * 8 + lane] * x[i, h * dim + k * 8 + lane]
+                        )
+                total[0] = T.float32(1) / T.sqrt(
+                    sum_of_lanes(total) / T.float32(dim) + T.float32(a.norm_epsilon)
+                )
+                for k in range(dim):
+                    y[i, h * dim + k] = (
+                        x[i, h * dim + k]
+                        * total[0]
+                        * T.Cast("float32", T.if_then_else(h < heads, q_weight[k], k_weight[k]))
+                    )
+        for i, k in T.grid(tokens, groups * dim):
+            y[i, (heads + groups) * dim + k] = x[i, (heads + groups) * dim + k]
 
     return kernel
 

@@ -173,7 +173,8 @@ def _check_arguments(model_dir: Path, output_dir: Path, precisions: Sequence[str
 
 
 def _run_builder(model_dir: Path, output_dir: Path, precision: str, threads: int, log: Path | None) -> None:
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
+    # -P keeps this folder off the import path, where this file would pass for the library.
+    command = [sys.executable, "-P", str(Path(__file__).with_name("onnx_builder_driver.py"))]
     command += [
         "-i",
         str(model_dir),
@@ -206,16 +207,19 @@ def _check_rope(graph: onnx.ModelProto, config: PretrainedConfig, model_dir: Pat
     no longer writes it, takes 10000 in silence: compare its cosine table with the true one."""
     config = config.get_text_config()
     rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") != "default" or "rope_theta" not in rope:
-        return  # scaled or per-layer-type frequencies: the logits gate judges those
-    caches = [tensor for tensor in graph.graph.initializer if tensor.name == "cos_cache"]
-    for tensor in caches:
+    of_layers = {"cos_cache_global": "full_attention", "cos_cache_local": "sliding_attention"}
+    for tensor in graph.graph.initializer:
+        if not tensor.name.startswith("cos_cache"):
+            continue
+        said = rope.get(of_layers.get(tensor.name, ""), rope)
+        if said.get("rope_type", "default") != "default" or "rope_theta" not in said:
+            continue  # scaled frequencies: the logits gate judges those
         table = onnx.numpy_helper.to_array(tensor).astype(np.float64)
         width = table.shape[1]  # half of the rotated dimensions
-        expected = np.cos(rope["rope_theta"] ** (-np.arange(width) / width))
+        expected = np.cos(said["rope_theta"] ** (-np.arange(width) / width))
         if np.abs(table[1] - expected).max() > 1e-3:
             raise ExportError(
-                f"{model_dir}: the exported graph does not rotate with rope_theta {rope['rope_theta']} of"
+                f"{model_dir}: the exported graph does not rotate with rope_theta {said['rope_theta']} of"
                 " config.json; write rope_theta at its top level too, or use another version of"
                 " onnxruntime-genai."
             )
@@ -235,7 +239,7 @@ def _store_as_half(graph: onnx.ModelProto) -> None:
     loads the file: the same arithmetic, in float32, on rounded numbers."""
     casts = []
     for tensor in graph.graph.initializer:
-        rotation = tensor.name in ("cos_cache", "sin_cache")
+        rotation = tensor.name.startswith(("cos_cache", "sin_cache"))
         if tensor.data_type != onnx.TensorProto.FLOAT or rotation or np.prod(tensor.dims) < HALVED_FROM:
             continue
         values = onnx.numpy_helper.to_array(tensor)

@@ -164,7 +164,7 @@ GGUF: dict[str, tuple[Mutation, str]] = {
     "eos off by one": (gguf_metadata("tokenizer.ggml.eos_token_id", lambda eos: eos + 1), "end_of_turn"),
     "eos is a full stop": (gguf_metadata("tokenizer.ggml.eos_token_id", lambda eos: 17), "end_of_turn"),
     "doubled BOS": (
-        gguf_metadata("tokenizer.ggml.add_bos_token", lambda add: True, gguf.GGUFValueType.BOOL),
+        gguf_metadata("tokenizer.chat_template", lambda template: "{{ bos_token }}" + template),
         "bos",
     ),
     "template without its last line break": (
