@@ -47,7 +47,7 @@ def check_recipe(recipe: Recipe, path: Path) -> None:
             package = model.removeprefix("package:")
             try:
                 importlib.metadata.distribution(package)
-            except importlib.metadata.PackageNotFoundError:
+            except (importlib.metadata.PackageNotFoundError, ValueError):  # no name is a ValueError
                 raise UserError(
                     f"{path}: {key}: the package {package} is not installed (pip install {package})."
                 ) from None

@@ -276,8 +276,8 @@ def _is_file_entry(name: str, entry: Any) -> bool:
         isinstance(entry, dict)
         and isinstance(entry.get("sha256"), str)
         and isinstance(entry.get("bytes"), int)
-        and "\0" not in name
-        and all(len(part.encode("utf-8", "replace")) <= LONGEST_NAME for part in name.split("/"))
+        and name.isprintable()
+        and all(len(part.encode()) <= LONGEST_NAME for part in name.split("/"))
         and len(name) <= LONGEST_PATH
     )
 

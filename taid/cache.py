@@ -87,6 +87,14 @@ class BlockCache:
                 f"{self.folder}: the shards hold {self._first_rows[-1]} of {self.shape[0]} blocks."
             )
 
+    def require_type(self, dtype: np.dtype) -> None:
+        """
+        Raises:
+            TaidError: a shard holds elements of another type.
+        """
+        if any(shard.dtype != dtype for shard in self._shards):
+            raise TaidError(f"{self.folder}: a shard's type is not {dtype}; write the cache anew.")
+
     def incomplete(self, error: Exception) -> TaidError:
         """The error of a ``cache.json`` that lacks something."""
         return TaidError(f"{self.folder / 'cache.json'}: incomplete ({error!r}); write the cache anew.")
@@ -357,7 +365,7 @@ def _write_npy(file: BinaryIO, array: np.ndarray) -> None:
 def _open(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # numpy parses the header as Python, which fails in ways of its own
         raise TaidError(f"{path}: cannot be read ({error}); write the cache anew.") from None
     if array.shape != tuple(shape):
         raise TaidError(f"{path}: has shape {list(array.shape)}, not {list(shape)}; write the cache anew.")

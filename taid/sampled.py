@@ -122,8 +122,10 @@ class SampledTeacher:
         try:
             self.vocabulary_size = int(self.meta["vocabulary_size"])
             self.samples = int(self.meta["samples"])
-        except (KeyError, ValueError, TypeError) as error:
+            kept = record_type(self.samples, self.vocabulary_size)
+        except (KeyError, ValueError, TypeError, OverflowError) as error:
             raise self._cache.incomplete(error) from None
+        self._cache.require_type(kept)
 
     def sampled_probabilities(self, input_ids: Tensor, index: Tensor | None) -> SampledProbabilities:
         """Of every position ``[B, T]``, on ``input_ids``' device.
