@@ -252,10 +252,11 @@ def cpu_stall_seconds() -> float | None:
         return None
 
 
-def without_torch() -> None:
-    """Keeps torch out of this process: TVM and transformers import it wherever it is installed, which takes
-    seconds and memory that are not the file's, and no runtime of an exported file needs it."""
-    sys.modules["torch"] = None  # type: ignore[assignment]
+def without_torch(file: Path) -> None:
+    """Keeps torch out of this process, unless it is what runs the file: TVM and transformers import it
+    wherever it is installed, which takes seconds, and memory that is not the file's."""
+    if not (file / "config.json").is_file() or (file / "mlc-chat-config.json").is_file():
+        sys.modules["torch"] = None  # type: ignore[assignment]
 
 
 def main() -> int:
@@ -273,7 +274,7 @@ def main() -> int:
     # Before the runtime is imported, so that its memory counts.
     for group in request.pop("join", []):
         Path(group).write_text(str(os.getpid()), encoding="ascii")
-    without_torch()
+    without_torch(file)
     # A library that hangs hears no exception; the signal's default ends the process.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, request.pop("timeout_s"))

@@ -287,7 +287,7 @@ def main() -> int:
         if "model" in request:
             reference_answers(Path(request["model"]), request["rows"], request["threads"], folder)
             return 0
-        without_torch()
+        without_torch(Path(request["file"]))
         reference, logits_of = read_reference(folder)
         # No more cache than the rows need.
         longest = max(len(row) for row in reference["rows"])
