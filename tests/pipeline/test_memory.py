@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-# In a process of its own: where a long one has mapped something behind its heap, glibc maps large blocks, too.
+# In a process of its own: where something is mapped behind the heap, glibc maps large blocks, too.
 SCRIPT = """
 from pipeline.memory import freed_memory_kept, memory
 
