@@ -8,16 +8,18 @@
 All continue the same prompt greedily; the tokens must be the same, else nothing would be compared.
 """
 
+import contextlib
 import json
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks import common
+from export.onnx_runtime import NUMPY_TYPES
 from export.runtime import Runtime, open_runtime
 
 PROMPT_TOKENS = 64
@@ -101,7 +103,7 @@ def minimal_onnx(file: Path, threads: int, context: int) -> Decode:
     for value in session.get_inputs():
         if value.name.startswith("past_key_values."):
             shape = [1, value.shape[1], context, value.shape[3]]
-            cache = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, np.float32)
+            cache = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, NUMPY_TYPES[value.type])
             binding.bind_ortvalue_input(value.name, cache)
             binding.bind_ortvalue_output(value.name.replace("past_key_values.", "present."), cache)
     names = {value.name for value in session.get_inputs()}
@@ -167,7 +169,7 @@ def genai_loop(folder: Path, threads: int) -> Decode:
 
 
 def minimal_mlc(folder: Path, threads: int, context: int) -> Decode:
-    """The library in a Relax machine of its own, ``decode`` with all arguments saved."""
+    """The library in a Relax machine of its own, ``forward_one`` with all arguments saved."""
     import tvm
     from tvm import relax
     from tvm.contrib import tvmjs
@@ -183,12 +185,13 @@ def minimal_mlc(folder: Path, threads: int, context: int) -> Decode:
     caches = [tvm.runtime.empty(shape, "float32", device) for _ in range(2 * a["layers"])]
     shared = [*caches, *[weights[name] for name in facts["parameters"]]]
     token, position = tvm.runtime.empty((1,), "int32", device), tvm.runtime.empty((1,), "int64", device)
-    machine.save_function("decode", "decode_saved", token, position, *shared)
+    machine.save_function("forward_one", "decode_saved", token, position, *shared)
     decode_saved = machine["decode_saved"]
 
     def decode(prompt: list[int], generated: int) -> tuple[common.Sample, list[int]]:
         start = tvm.runtime.tensor(np.array([0], np.int64), device)
-        logits = machine["prefill"](tvm.runtime.tensor(np.array(prompt, np.int32), device), start, *shared)
+        ids = tvm.runtime.tensor(np.array(prompt, np.int32), device)
+        logits = machine["forward_last"](ids, start, *shared)
         token_id = int(logits.numpy()[-1].argmax())
         new_ids: list[int] = []
 
@@ -204,6 +207,25 @@ def minimal_mlc(folder: Path, threads: int, context: int) -> Decode:
         return common.timed(loop), new_ids
 
     return decode
+
+
+@contextlib.contextmanager
+def decoders_of(file: Path, threads: int, context: int) -> Iterator[dict[str, Decode]]:
+    """The harness first, then the least that drives the same library, then others; all on one file."""
+    runtime = open_runtime(file, threads, context)
+    decoders: dict[str, Decode] = {"harness": through_harness(runtime)}
+    with tempfile.TemporaryDirectory() as work, contextlib.ExitStack() as ended:
+        ended.callback(runtime.close)
+        if file.suffix == ".gguf":
+            program = MinimalLlama(file, threads, context, Path(work))
+            ended.callback(program.close)
+            decoders["C program"] = program.decode
+        elif file.suffix == ".onnx":
+            decoders["bound once"] = minimal_onnx(file, threads, context)
+            decoders["GenAI"] = genai_loop(file.parent.parent, threads)
+        else:
+            decoders["saved call"] = minimal_mlc(file, threads, context)
+        yield decoders
 
 
 def compare(name: str, decoders: dict[str, Decode], prompt: list[int], options: Any) -> dict[str, Any]:
@@ -267,21 +289,8 @@ def main() -> None:
         "MLC": common.exported_teacher(options.store, "mlc", "q4f32_1"),
     }
     for name, file in files.items():
-        runtime = open_runtime(file, options.threads, context)
-        decoders: dict[str, Decode] = {"harness": through_harness(runtime)}
-        with tempfile.TemporaryDirectory() as work:
-            if name == "llama.cpp":
-                program = MinimalLlama(file, options.threads, context, Path(work))
-                decoders["C program"] = program.decode
-            elif name == "MLC":
-                decoders["saved call"] = minimal_mlc(file, options.threads, context)
-            else:
-                decoders["bound once"] = minimal_onnx(file, options.threads, context)
-                decoders["GenAI"] = genai_loop(file.parent.parent, options.threads)
+        with decoders_of(file, options.threads, context) as decoders:
             result[name] = compare(name, decoders, prompt, options)
-            if name == "llama.cpp":
-                program.close()
-        runtime.close()
     rows = []
     for name in files:
         part = result[name]
