@@ -95,20 +95,23 @@ class LlamaCppReader:
             raise ExportError(f"llama.cpp needs {-count} tokens for {len(data)} bytes of text.")
         return list(buffer[:count])
 
-    def chat_ids(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
-        """See ``Runtime.chat_ids``. Where llama.cpp adds a BOS by itself, the template's own is taken away,
-        as in llama.cpp's chat; what is left, even a second one, counts."""
-        special = self._special_tokens()
+    def chat_text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        """See ``Runtime.chat_text``."""
         try:
-            text = self._template().render(
+            return self._template().render(
                 messages=list(messages),
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
                 documents=None,
-                **special,
+                **self._special_tokens(),
             )
         except (TemplateError, TypeError, ValueError, LookupError) as error:
             raise ExportError(f"{self._path}: its chat template cannot be rendered ({error}).") from error
+
+    def chat_ids(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
+        """See ``Runtime.chat_ids``. Where llama.cpp adds a BOS by itself, the template's own is taken away,
+        as in llama.cpp's chat; what is left, even a second one, counts."""
+        text, special = self.chat_text(messages, add_generation_prompt), self._special_tokens()
         if llama_cpp.llama_vocab_get_add_bos(self._vocab) and "bos_token" in special:
             text = text.removeprefix(special["bos_token"])
         return self._tokenize(text, add_special=True)

@@ -48,9 +48,13 @@ class MlcReader:
         """See ``Runtime.tokenize``."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def chat_text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        """See ``Runtime.chat_text``."""
+        return render_conversation(self._template, messages, add_generation_prompt)
+
     def chat_ids(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
         """See ``Runtime.chat_ids``."""
-        return self.tokenize(render_conversation(self._template, messages, add_generation_prompt))
+        return self.tokenize(self.chat_text(messages, add_generation_prompt))
 
 
 class MlcRuntime(MlcReader):

@@ -112,18 +112,23 @@ class OnnxRuntime:
         """See ``Runtime.tokenize``."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def chat_ids(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
-        """See ``Runtime.chat_ids``.
+    def chat_text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        """See ``Runtime.chat_text``.
 
         Raises:
             ExportError: the folder has no chat template.
         """
         if self.tokenizer.chat_template is None:
             raise ExportError("tokenizer_config.json holds no chat template, so there is no way to chat.")
-        text = self.tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        return str(
+            self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
         )
-        return self.tokenize(str(text))
+
+    def chat_ids(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
+        """See ``Runtime.chat_ids``."""
+        return self.tokenize(self.chat_text(messages, add_generation_prompt))
 
     def other_reader(self) -> "GenaiTokenizer":
         """See ``Runtime.other_reader``."""

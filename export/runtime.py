@@ -43,6 +43,10 @@ class Runtime(Protocol):
         (``<|im_start|>`` in the text becomes the control token), and no BOS added beyond the text."""
         ...
 
+    def chat_text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        """A conversation as text, rendered by the file's own chat template."""
+        ...
+
     def chat_ids(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
         """Token ids of a conversation, rendered by the file's own chat template."""
         ...

@@ -42,8 +42,8 @@ class TransformersReader:
         """See ``Runtime.tokenize``."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def chat_ids(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
-        """See ``Runtime.chat_ids``.
+    def chat_text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        """See ``Runtime.chat_text``.
 
         Raises:
             ExportError: the model has no chat template, or it refuses the conversation.
@@ -54,7 +54,11 @@ class TransformersReader:
             )
         except (TemplateError, TypeError, ValueError, LookupError) as error:
             raise ExportError(f"{self._path}: its chat template cannot be rendered ({error}).") from error
-        return self.tokenize(str(text))
+        return str(text)
+
+    def chat_ids(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
+        """See ``Runtime.chat_ids``."""
+        return self.tokenize(self.chat_text(messages, add_generation_prompt))
 
 
 class TorchRuntime(TransformersReader):

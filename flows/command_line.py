@@ -1,6 +1,7 @@
 """The command line: ``martlet``."""
 
 import contextlib
+import importlib.util
 import json
 import logging
 import os
@@ -381,6 +382,69 @@ def chat(
 
 
 @app.command()
+def evaluate(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RELEASE_OR_FILE",
+            help="A release, a .gguf or .onnx file, or an MLC or Hugging Face folder.",
+        ),
+    ] = Path("release"),
+    file: Annotated[
+        str | None, typer.Option(help="Which of several: a part of its path, such as q4_k_m or ONNX.")
+    ] = None,
+    tasks: Annotated[
+        str, typer.Option(help="held_out_text, held_out_chats, or names of the harness, by commas.")
+    ] = "held_out_text,held_out_chats",
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of a task at most.")] = None,
+    shots: Annotated[int | None, typer.Option(min=0, help="Examples in a prompt; each task's own.")] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Source of held_out_text, as in a recipe; the run's own.")
+    ] = None,
+    chats: Annotated[
+        str | None, typer.Option(help="Source of held_out_chats, as in a recipe; the run's own.")
+    ] = None,
+    store: Annotated[Path, typer.Option(help="Store that the release was made in.")] = Path("store"),
+    output: Annotated[Path, typer.Option(help="JSON file of the results.")] = Path("evaluation.json"),
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate a released file by lm-evaluation-harness; a release's report shows the results.
+
+    Example: martlet evaluate release --file q4_k_m --tasks held_out_text,held_out_chats
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(
+            "martlet evaluate needs lm-evaluation-harness, which is not installed; pip install --constraint "
+            "constraints.txt lm-eval."
+        )
+    from export.runtime import open_runtime
+    from pipeline import evaluate as evaluation
+    from pipeline.artifacts import write_json
+    from pipeline.chat import find_model
+
+    found = find_model(model, file)[0].resolve()
+    check_before_opening(found)
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    release = evaluation.release_of(found)
+    documents, conversations = evaluation.held_out(names, release, store, text, chats)
+    report = (lambda line: None) if quiet else progress_line
+    report(f"evaluate: {found}")
+    facts = evaluation.run(
+        open_runtime(found, threads), names, documents, conversations, limit, shots, report
+    )
+    if release is not None:
+        evaluation.show_in_report(facts, found, release)
+    write_json(output, {"model": str(found), **facts})
+    if as_json:
+        print(json.dumps({"output": str(output), "model": str(found), **facts}))
+    else:
+        show_evaluation(facts)
+        Console().print(f"Results: {output}", soft_wrap=True)
+
+
+@app.command()
 def phone(
     release: Annotated[Path, typer.Argument(help="Release folder.")] = Path("release"),
     lan: Annotated[bool, typer.Option("--lan", help="Let one device of the local network in.")] = False,
@@ -597,6 +661,25 @@ def show_choice(choice: dict[str, Any]) -> None:
     console.print(table)
     if any(file["reliable"] is False for file in choice["files"]):
         console.print("? the machine was busy while this was timed.")
+
+
+def show_evaluation(facts: dict[str, Any]) -> None:
+    """The results of an evaluation, one row a task and metric."""
+    table = Table(title=f"lm-evaluation-harness {facts['lm_eval']}", title_justify="left")
+    table.add_column("task", overflow="fold")
+    table.add_column("metric", overflow="fold")
+    for heading in ("value", "± standard error", "documents"):
+        table.add_column(heading, justify="right")
+    for row in facts["results"]:
+        error = row["standard_error"]
+        table.add_row(
+            row["task"],
+            row["metric"],
+            f"{row['value']:.4f}",
+            "" if error is None else f"{error:.4f}",
+            "" if row["documents"] is None else f"{row['documents']:,}",
+        )
+    Console().print(table)
 
 
 def show_notes(error: BaseException) -> None:

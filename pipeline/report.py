@@ -97,9 +97,10 @@ def collect(
         else None,
         "merge": read("instruct", "evaluation.json")["merge"],
         "device": [entry for name in formats for entry in read(f"device_{name}", "device.json")],
-        # Filled later: by martlet phone, when devices send what they measured, and by martlet compare.
+        # Filled later, by martlet phone, compare and evaluate.
         "phones": [],
         "study": None,
+        "evaluations": [],
         "tensor_types": {
             Path(entry["path"]).name: entry["tensor_types"] for entry in files if entry["tensor_types"]
         },

@@ -71,10 +71,31 @@ def test_ship_fails_at_a_gate_then_goes_on_and_computes_nothing_twice(
         "bench-gguf-q8_0",
     }
 
+    evaluate_both(martlet, Path(result["release"]), tmp_path)
+
     states, artifacts = anyio.run(what_prefect_knows)
     assert states["Completed"] >= 2
     assert any("mean_kl" in message for message in states["Failed"])
     assert {"fidelity", "device", "release"} <= artifacts
+
+
+def evaluate_both(martlet: Callable[..., tuple[int, str, str]], release: Path, tmp_path: Path) -> None:
+    """The released model and its GGUF file on what their own run held out: nearly the same, in the report."""
+    said = {}
+    for file in ("Tiny-Instruct", "q8_0"):
+        where = ("--store", tmp_path / "store", "--output", tmp_path / "evaluation.json")
+        code, out, err = martlet("evaluate", release, "--file", file, *where, "--threads", "1", "--json")
+        assert code == 0, err
+        rows = json.loads(out.splitlines()[-1])["results"]
+        said[file] = {(row["task"], row["metric"]): row["value"] for row in rows}
+    tasks = {("held_out_text", "bits_per_byte"), ("held_out_chats", "bits_per_byte")}
+    for task in tasks:
+        assert said["q8_0"][task] == pytest.approx(said["Tiny-Instruct"][task], rel=0.02)
+    report = json.loads((release / "report.json").read_text(encoding="utf-8"))
+    shown = {(row["file"].rsplit("/", 1)[-1], row["task"], row["metric"]) for row in report["evaluations"]}
+    assert {(name, *task) for name in ("Tiny-Instruct", "tiny-instruct-q8_0.gguf") for task in tasks} <= shown
+    assert "What can it do?" in (release / "report.html").read_text(encoding="utf-8")
+    assert martlet("validate", release)[0] == 0
 
 
 def test_an_importance_matrix_is_a_stage_of_its_own(
