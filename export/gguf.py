@@ -120,8 +120,10 @@ def export_vocabulary(
     architecture and the tokenizer, which llama.cpp can then load.
 
     Args:
-        model_dir, pre_tokenizer, log: as of ``export_gguf``.
+        model_dir: as of ``export_gguf``.
         path: the file to write.
+        pre_tokenizer: as of ``export_gguf``.
+        log: as of ``export_gguf``.
 
     Raises:
         ExportError: the converter refuses the model.
