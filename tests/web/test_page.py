@@ -15,7 +15,8 @@ from pipeline import web
 
 QUESTIONS = ("What is a list?", "And a tuple?")
 # What rounding between WebAssembly and this machine's instructions may turn round, in logits.
-NEAR_TIE = 0.05
+NEAR_TIE = 0.1
+"""Logits of q8_0 that a browser's and a processor's kernels may differ by; 0.076 was seen on AVX2."""
 LONGEST_SEEN = 64
 
 

@@ -11,7 +11,7 @@ from release_artifacts import example_artifacts, example_recipe, example_stage_t
 
 from pipeline import release as release_stage
 from pipeline import web
-from pipeline.artifacts import Store, file_digests, write_json
+from pipeline.artifacts import Store, file_digests, with_own_digest, write_json
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def whole_release(release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for name, entry in file_digests(root).items():
         if name != "manifest.json":
             manifest["files"].setdefault(name, entry | {"made_from": {"stage": "release"}})
-    write_json(root / "manifest.json", manifest)
+    write_json(root / "manifest.json", with_own_digest(manifest))
     assert release_stage.verify(root) == []
     return root
 
