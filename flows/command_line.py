@@ -46,6 +46,16 @@ app = typer.Typer(
 app.add_typer(store_commands.app, name="store")
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on the last line.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors and the result.")]
+ReleaseOrFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RELEASE_OR_FILE",
+        help="A release, a .gguf or .onnx file, or an MLC or Hugging Face folder.",
+    ),
+]
+WhichFile = Annotated[
+    str | None, typer.Option(help="Which of several: a part of its path, such as q4_k_m or ONNX.")
+]
 RecipePath = Annotated[Path, typer.Argument(help="Path of a recipe, a YAML file.")]
 
 
@@ -353,16 +363,8 @@ def publish(
 
 @app.command()
 def chat(
-    model: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RELEASE_OR_FILE",
-            help="A release, a .gguf or .onnx file, or an MLC or Hugging Face folder.",
-        ),
-    ] = Path("release"),
-    file: Annotated[
-        str | None, typer.Option(help="Which of several: a part of its path, such as q4_k_m or ONNX.")
-    ] = None,
+    model: ReleaseOrFile = Path("release"),
+    file: WhichFile = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0: always the most likely token.")] = 0.0,
@@ -383,16 +385,8 @@ def chat(
 
 @app.command()
 def evaluate(
-    model: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RELEASE_OR_FILE",
-            help="A release, a .gguf or .onnx file, or an MLC or Hugging Face folder.",
-        ),
-    ] = Path("release"),
-    file: Annotated[
-        str | None, typer.Option(help="Which of several: a part of its path, such as q4_k_m or ONNX.")
-    ] = None,
+    model: ReleaseOrFile = Path("release"),
+    file: WhichFile = None,
     tasks: Annotated[
         str, typer.Option(help="held_out_text, held_out_chats, or names of the harness, by commas.")
     ] = "held_out_text,held_out_chats",

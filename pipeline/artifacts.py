@@ -136,6 +136,21 @@ def file_digests(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
+@contextlib.contextmanager
+def locked(path: Path, waiting: str, report: Callable[[str], None]) -> Iterator[None]:
+    """Holds a lock file, and says ``waiting`` where another process holds it until now.
+
+    The file stays: removing it would let two later runs lock two different files of that name.
+    """
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report(waiting)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 class Store:
     """Where artifacts live. Several processes may use one store; a key is computed by one at a time."""
 
@@ -292,15 +307,9 @@ class Store:
 
     @contextlib.contextmanager
     def _only_one(self, final: Path) -> Iterator[None]:
-        lock_path = final.with_name(final.name + ".lock")
-        with lock_path.open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self.report(f"waiting: another run is making {final.parent.name} {final.name[:12]}")
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        waiting = f"waiting: another run is making {final.parent.name} {final.name[:12]}"
+        with locked(final.with_name(final.name + ".lock"), waiting, self.report):
             yield
-        # The lock file stays: removing it would let two later runs lock two different files of that name.
 
 
 def space_ran_out(place: Path, failure: BaseException | str) -> bool:

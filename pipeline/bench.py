@@ -1,7 +1,6 @@
 """How each exported file runs on a CPU: one runtime, one process, real text as prompt."""
 
 import contextlib
-import fcntl
 import json
 import os
 import signal
@@ -15,7 +14,7 @@ import numpy as np
 
 from export.processes import run_logged
 from pipeline import cgroups
-from pipeline.artifacts import Artifact, Store, write_json
+from pipeline.artifacts import Artifact, Store, locked, write_json
 from pipeline.errors import UserError
 from pipeline.profiles import Profile, load_profile
 from pipeline.progress import Progress
@@ -127,12 +126,7 @@ def run(store: Store, recipe: Recipe, exported: Artifact, text: Artifact) -> Art
 def alone_on_this_machine(store: Store) -> Iterator[None]:
     """Waits until no other run of this user measures on this machine: two would measure each other."""
     path = Path(tempfile.gettempdir()) / f"martlet-benchmark-{os.getuid()}.lock"
-    with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            store.report("waiting: another run is measuring on this machine")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(path, "waiting: another run is measuring on this machine", store.report):
         yield
 
 

@@ -6,7 +6,6 @@ reports alone, so of the manifest only their two entries can differ.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -24,6 +23,7 @@ from pipeline.artifacts import (
     Artifact,
     Store,
     is_as_written,
+    locked,
     sha256_of_file,
     sha256_of_json,
     space_ran_out,
@@ -345,12 +345,7 @@ def _only_one(root: Path, store: Store) -> Iterator[None]:
     """Waits until no other run of this user lays this release out."""
     name = hashlib.sha256(str(root).encode()).hexdigest()[:16]
     path = Path(tempfile.gettempdir()) / f"martlet-release-{os.getuid()}-{name}.lock"
-    with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            store.report(f"waiting: another run is laying out {root}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(path, f"waiting: another run is laying out {root}", store.report):
         yield
 
 

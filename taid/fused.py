@@ -608,8 +608,7 @@ def project(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
         return torch.mm(hidden, weight.T, out=rows)
     product = rows.new_empty(len(rows), TILE)
     for columns, tile in zip(rows.split(TILE, dim=1), weight.split(TILE), strict=True):
-        narrow = product[:, : len(tile)] if len(tile) == TILE else rows.new_empty(columns.shape)
-        columns.copy_(torch.mm(hidden, tile.T, out=narrow))
+        columns.copy_(torch.mm(hidden, tile.T, out=product if len(tile) == TILE else None))
     return rows
 
 
