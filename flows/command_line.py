@@ -444,11 +444,26 @@ def phone(
     lan: Annotated[bool, typer.Option("--lan", help="Let one device of the local network in.")] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0 takes a free one.")] = 8443,
     address: Annotated[str | None, typer.Option(help="This machine's address in that network.")] = None,
+    browser: Annotated[
+        str | None, typer.Option(help="Drive the page here, with a phone's screen, in this Chromium.")
+    ] = None,
+    file: Annotated[
+        str | None, typer.Option(help="With --browser: only files with this in their names.")
+    ] = None,
 ) -> None:
     """Try a release in a browser or on a phone, which sends back how fast it is.
 
     Example: martlet phone release --lan
     """
+    if lan and browser is not None:
+        raise UserError("--lan, --browser: are two ways to run the files; give one of them.")
+    if browser is not None:
+        from pipeline import browser_check
+
+        browser_check.run(release, browser=browser, wanted=file, say=progress_line)
+        return
+    if file is not None:
+        raise UserError("--file: is for --browser; the page itself offers every file.")
     from pipeline.phone import serve
 
     serve(release, lan=lan, port=port, say=lambda line: print(line, flush=True), address=address)

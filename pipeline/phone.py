@@ -164,18 +164,23 @@ def serve(
             )
         say("Ctrl-C ends.")
         application = make_application(root, listed, origin=origin, token=token, say=say)
-        settings = uvicorn.Config(
-            application,
-            log_level="critical",
-            access_log=False,
-            server_header=False,
-            lifespan="off",
-            timeout_graceful_shutdown=2,
-            **keys,
-        )
         # Ctrl-C is how it ends; uvicorn raises the signal again after it has closed the connections.
         with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(settings).run(sockets=[listening])
+            make_server(application, **keys).run(sockets=[listening])
+
+
+def make_server(application: Starlette, **keys: Any) -> uvicorn.Server:
+    """A quiet server of the web application; ``keys`` are uvicorn's settings for encryption."""
+    settings = uvicorn.Config(
+        application,
+        log_level="critical",
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        timeout_graceful_shutdown=2,
+        **keys,
+    )
+    return uvicorn.Server(settings)
 
 
 def released_files(root: Path) -> set[str]:

@@ -1,17 +1,23 @@
 """martlet phone end to end: a phone opens the address, loads a file, measures it, and it is in the report."""
 
+import base64
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from phone_site import Site
 from release_artifacts import example_artifacts, example_recipe, example_stage_times
 
+from pipeline import browser_check, report, web
 from pipeline import release as release_stage
-from pipeline import web
 from pipeline.artifacts import Store, file_digests, with_own_digest, write_json
+from pipeline.errors import UserError
 
 
 @pytest.fixture
@@ -57,3 +63,76 @@ def test_a_phone_measures_and_it_is_in_the_report(phone: Any, whole_release: Pat
     assert entry["prefill_tokens_per_s"] >= entry["prompt_tokens"] / entry["ttft_s"] * 0.999  # Jensen
     assert format(entry["decode_tokens_per_s"], ".3g").rstrip(".") in shown
     assert release_stage.verify(whole_release) == []
+
+
+def drive_page(release: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    # A process of its own: these tests have a Playwright running, and there can be one in a thread.
+    command = [sys.executable, "-m", "flows.command_line", "phone", str(release), "--browser", "chromium"]
+    return subprocess.run([*command, *options], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+
+
+def test_the_page_is_driven_here_and_its_screenshot_is_in_the_report(
+    page_built: None, whole_release: Path
+) -> None:
+    done = drive_page(whole_release)
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout, done.stderr.count("native runtime's first")) == ("", 2)
+    facts = json.loads((whole_release / "report.json").read_text())
+    schema = json.loads((Path(report.__file__).parent / "schemas" / "report.schema.json").read_text())
+    assert [error.message for error in jsonschema.Draft202012Validator(schema).iter_errors(facts)] == []
+    checks = {check["file"]: check for check in facts["browser_checks"]}
+    assert (
+        set(checks)
+        == {entry["file"] for entry in facts["phones"]}
+        == {"tiny-instruct-q8_0.gguf", "model.onnx"}
+    )
+    page = (whole_release / "report.html").read_text()
+    for name, check in checks.items():
+        picture = base64.b64decode(check["screenshot"].partition(",")[2])
+        assert picture[:3] == b"\xff\xd8\xff"
+        assert 5_000 < len(picture) < 200_000
+        assert check["screenshot"] in page
+        assert check["asked_elsewhere"] == []
+        assert check["native"]["agrees"], (name, check["native"])
+        assert check["native"]["tokens"] == len(check["token_ids"]) >= 4
+        assert check["native"]["same_top"] >= check["native"]["tokens"] - 2
+    # The screen is a phone's, the machine is not, and the table says so.
+    for entry in facts["phones"]:
+        assert "with a phone's screen, on this computer" in entry["device"]["model"]
+        assert entry["device"]["mobile"] is False
+    assert "Android" not in page
+    assert release_stage.verify(whole_release) == []
+
+
+def test_a_page_that_asks_another_server_is_told(page_built: None, whole_release: Path) -> None:
+    page = whole_release / "web" / "index.html"
+    picture = '<img src="http://127.0.0.1:9/counted.png" alt="">'
+    told = re.sub("<meta http-equiv[^>]*>", "", page.read_text()).replace("<main", f"{picture}<main")
+    page.write_text(told)
+    done = drive_page(whole_release, "--file", "q8_0")
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert "tiny-instruct-q8_0.gguf: the page asks for http://127.0.0.1:9/counted.png." in last
+    (check,) = json.loads((whole_release / "report.json").read_text())["browser_checks"]
+    assert set(check["asked_elsewhere"]) == {"http://127.0.0.1:9/counted.png"}
+
+
+def test_an_answer_that_is_not_the_native_runtimes_is_told(page_built: None, release: Path) -> None:
+    model = json.loads((release / "web" / "models.json").read_text())["models"][0]
+    check = {"file": model["file"], "question": "What is a list?", "token_ids": [5, 9, 1200, 7, 44]}
+    native = browser_check.agreement(release, model, check)
+    assert native["tokens"] == 5
+    assert native["largest_gap"] > browser_check.NEAR_TIE
+    assert native["agrees"] is False
+    assert "does not answer as it does natively" in browser_check.readable_agreement(
+        check | {"native": native}
+    )
+
+
+def test_a_missing_browser_and_a_missing_file_are_user_errors(page_built: None, whole_release: Path) -> None:
+    with pytest.raises(UserError, match="--browser: no-such-browser is not installed"):
+        browser_check.run(whole_release, browser="no-such-browser", wanted=None, say=print)
+    with pytest.raises(UserError, match=r"--file: 'q9' fits none of tiny-instruct-q8_0\.gguf, model\.onnx"):
+        browser_check.run(whole_release, browser="chromium", wanted="q9", say=print)
+    with pytest.raises(UserError, match=r"does not say its version|does not start"):
+        browser_check.run(whole_release, browser="false", wanted=None, say=print)
