@@ -11,6 +11,8 @@ RECIPE ?= recipes/smollm2-135m-to-99m.yaml
 PYTHON ?= python3
 # LOCK=constraints.lock: the same packages, and pip refuses files whose SHA-256 is not in it.
 LOCK ?= constraints.txt
+# Processes that make test runs its files in.
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 ENVIRONMENT := $(VENV)/.complete
@@ -23,8 +25,10 @@ BENCHMARKS := step loss sampled_cache harness_overhead mlc_speed tinyswallow_sha
 ship: environment
 	$(BIN)/martlet ship $(RECIPE)
 
+# Files side by side, one thread each, in the order of collection: the long end-to-end test is among the first.
+test: export OMP_NUM_THREADS = 1
 test: environment
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-slow: environment
 	$(BIN)/pytest -m slow

@@ -630,9 +630,9 @@ def show_release(result: dict[str, Any], with_stages: bool) -> None:
             cached = "from the store" if stage["cached"] else ""
             table.add_row(stage["name"], f"{stage['seconds']:.1f}", cached)
         console.print(table)
-    table = Table(title="Files", title_justify="left")
+    table = Table(title="Files, with their mean KL to the model", title_justify="left")
     table.add_column("file", overflow="fold")
-    for heading in ("MB", "mean KL to the model", "tokens/s"):
+    for heading in ("MB", "mean KL", "tokens/s"):
         table.add_column(heading, justify="right")
     for file in result["files"]:
         speed = file["decode_tokens_per_s"]
