@@ -31,6 +31,8 @@ OWN_DIGEST = "manifest_sha256"
 """Key of a manifest that holds the SHA-256 of the others."""
 RELEASES = "releases"
 """Folder of a store that says which artifacts releases were laid out from."""
+RELEASE_KEYS = ("release", "artifacts")
+"""Keys of such a record."""
 RECORDED_PACKAGES = (
     "torch",
     "transformers",
@@ -303,7 +305,8 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         name = hashlib.sha256(str(release).encode()).hexdigest()[:16]
         needed = sorted({f"{artifact.stage}/{artifact.key}" for artifact in artifacts})
-        write_json(folder / f"{name}.json", {"release": str(release), "artifacts": needed})
+        record = {"release": str(release), "artifacts": needed}
+        write_json(folder / f"{name}.json", with_own_digest(record))
 
     @contextlib.contextmanager
     def _only_one(self, final: Path) -> Iterator[None]:

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import MANIFEST, RELEASES, damage, read_manifest
+from pipeline.artifacts import (
+    MANIFEST,
+    RELEASE_KEYS,
+    RELEASES,
+    damage,
+    is_as_written,
+    read_manifest,
+)
 from pipeline.errors import UserError
 
 KEY_LENGTH = 64
@@ -126,8 +133,17 @@ def prunable(
         older_than: seconds since the last use.
         keep_bytes: size that the finished artifacts should not exceed.
         now: seconds since the epoch; the present by default.
+
+    Raises:
+        UserError: there is no store, or what one of its releases needs is not known.
     """
     now = time.time() if now is None else now
+    for path, record in _records(store):
+        if not record:
+            raise UserError(
+                f"{path}: is damaged, so what that release needs is not known; ship the release again, which "
+                "writes the file anew, or remove the file."
+            )
     everything = entries(store)
     free = sorted((e for e in everything if not e.needed_by), key=lambda entry: entry.used)
     chosen = [e for e in free if older_than is not None and now - e.used > older_than]
@@ -172,7 +188,7 @@ def forget_release(store: Path, release: Path) -> None:
     """
     records = [path for path, record in _records(store) if record.get("release") == str(release.resolve())]
     if not records:
-        known = ", ".join(sorted({record["release"] for _, record in _records(store)})) or "none"
+        known = ", ".join(sorted({record["release"] for _, record in _records(store) if record})) or "none"
         raise UserError(f"{store}: knows no release {release.resolve()}; it knows {known}.")
     for path in records:
         path.unlink()
@@ -184,17 +200,18 @@ def problems(store: Path) -> list[str]:
 
 
 def _records(store: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """What each release was laid out from, by file; nothing where the file is damaged."""
     for path in sorted((store / RELEASES).glob("*.json")):
         record = _read(path)
-        if isinstance(record.get("release"), str) and isinstance(record.get("artifacts"), list):
-            yield path, record
+        kinds = isinstance(record.get("release"), str) and isinstance(record.get("artifacts"), list)
+        yield path, record if kinds and is_as_written(record, RELEASE_KEYS) else {}
 
 
 def _needed(store: Path, manifests: Mapping[Path, Mapping[str, Any]]) -> dict[Path, set[str]]:
     """Which releases each artifact is needed by, through inputs of inputs."""
     needed: dict[Path, set[str]] = {}
     for _, record in _records(store):
-        waiting = [store / str(name) for name in record["artifacts"]]
+        waiting = [store / str(name) for name in record.get("artifacts", [])]
         while waiting:
             path = waiting.pop()
             if record["release"] in needed.get(path, ()):

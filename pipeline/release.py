@@ -87,7 +87,8 @@ def run(
                 manifest = read_manifest(root)
                 if manifest is None:
                     raise UserError(
-                        f"{root}: exists and is no release of martlet; give another folder or remove it."
+                        f"{root}: exists and is no release of martlet ({MANIFEST} is missing, damaged or "
+                        "another program's); give another folder or remove it."
                     )
                 problems = verify(root)
                 if manifest.get("identity") == identity and not problems:
