@@ -164,6 +164,7 @@ class Store:
         """
         self.root = Path(root).resolve()
         self.report = report
+        self._sound: dict[Path, dict[str, tuple[int, ...]]] = {}
 
     def log_file(self, name: str) -> Path:
         """Where the output of a child process is kept: ``logs/NAME.log`` in the store."""
@@ -233,8 +234,10 @@ class Store:
         work.mkdir(exist_ok=True)
         started = time.monotonic()
         earlier_seconds = _seconds_so_far(work)
+        used = [value for value in inputs.values() if isinstance(value, Artifact)]
         try:
             make(output, work)
+            self.require_undamaged(used)
         except BaseException as error:
             # Looked at before removing what was written makes room again.
             full = isinstance(error, Exception) and space_ran_out(self.root, error)
@@ -243,6 +246,13 @@ class Store:
                 write_json(work / "seconds.json", earlier_seconds + time.monotonic() - started)
             if full:
                 raise self._no_space(stage) from error
+            if isinstance(error, Exception):
+                try:
+                    self.require_undamaged(used)
+                except UserError:
+                    # Its checkpoints were made from what was damaged.
+                    shutil.rmtree(work, ignore_errors=True)
+                    raise
             if memory_ran_out(error):
                 raise UserError(
                     f"{stage}: there is not enough memory; free some, or lower batch_size or "
@@ -250,6 +260,7 @@ class Store:
                 ) from error
             raise
         seconds = earlier_seconds + time.monotonic() - started
+        marks = _marks(output)
         files = file_digests(output)
         if not files:
             raise RuntimeError(f"stage {stage} wrote nothing")
@@ -272,6 +283,7 @@ class Store:
         write_json(output / MANIFEST, with_own_digest(manifest))
         _fsync(output)
         output.rename(final)
+        self._sound[final] = marks
         _fsync(final.parent)
         shutil.rmtree(work, ignore_errors=True)
         return Artifact(stage, final.name, digest, final, seconds, cached=False)
@@ -286,8 +298,10 @@ class Store:
         """The stored artifact if every file has its recorded SHA-256; a damaged one is put aside."""
         if not final.exists():
             return None
+        marks = _marks(final)
         problem = damage(final)
         if problem is None:
+            self._sound[final] = marks
             manifest = read_manifest(final)
             assert manifest is not None, "damage() has just read it"
             with contextlib.suppress(OSError):
@@ -298,6 +312,22 @@ class Store:
         final.rename(quarantine)
         self.report(f"warning: {stage}: {problem}; put aside in {quarantine} and made anew")
         return None
+
+    def require_undamaged(self, artifacts: Iterable[Artifact]) -> None:
+        """Says so when an artifact is no longer what it was when this store verified or made it: what is made
+        from it now is not what its key says. Files that nobody wrote to since are not read again.
+
+        Raises:
+            UserError: one is damaged.
+        """
+        for artifact in artifacts:
+            if _marks(artifact.path) == self._sound.get(artifact.path):
+                continue
+            if (problem := damage(artifact.path)) is not None:
+                raise UserError(
+                    f"{problem}; that happened while it was in use. Start the same command again, the store "
+                    "makes it anew."
+                )
 
     def keep_for(self, release: Path, artifacts: Iterable["Artifact"]) -> None:
         """Notes what a release was laid out from, so that pruning leaves it alone."""
@@ -406,6 +436,19 @@ def _without_measured(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_measured(item) for key, item in value.items() if key not in MEASURED}
     return [_without_measured(item) for item in value] if isinstance(value, list) else value
+
+
+def _marks(folder: Path) -> dict[str, tuple[int, ...]]:
+    """What changes of an artifact's files when somebody writes to them; of the manifest, which is written
+    last, nothing."""
+    marks = {}
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            status = path.stat()
+            if path.is_file() and path != folder / MANIFEST:
+                times = (status.st_mtime_ns, status.st_ctime_ns)
+                marks[path.relative_to(folder).as_posix()] = (status.st_ino, status.st_size, *times)
+    return marks
 
 
 def _seconds_so_far(work: Path) -> float:

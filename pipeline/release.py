@@ -134,6 +134,8 @@ def run(
                 files = _files(folder, made_from, copied)
                 manifest = _manifest(identity, recipe, artifacts, files, inputs)
                 write_json(folder / MANIFEST, with_own_digest(manifest))
+                # Reports and cards were written from what the artifacts say.
+                store.require_undamaged(artifacts.values())
                 store.keep_for(root, artifacts.values())
                 edited = [problem for problem in problems if not problem.endswith("is missing.")]
                 previous = _free_name(root) if edited else Path(temporary) / "previous"

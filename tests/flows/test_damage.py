@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from release_artifacts import example_artifacts, example_recipe, example_stage_times
-from shipping import assert_store_is_whole, finished_artifacts, what_it_is
+from shipping import Run, assert_store_is_whole, finished_artifacts, what_it_is
 
 from pipeline import release as release_stage
 from pipeline import web
@@ -291,3 +291,29 @@ def test_a_real_run(
     (store / "quarantine").rmdir()
     assert_store_is_whole(store)
     assert martlet("verify", release)[0] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_damage_while_a_run_goes_on(
+    tiny_recipe: dict[str, Any], write_recipe: Write, start: Callable[..., Run], tmp_path: Path
+) -> None:
+    """An exported file is damaged after it was made and before it is judged: that is no missed gate, and the
+    next run judges the file that it makes anew."""
+    recipe = write_recipe(tiny_recipe)
+    undisturbed = start(recipe, tmp_path / "other-store", tmp_path / "other-release")
+    assert undisturbed.end() == 0, undisturbed.lines
+    run = start(recipe)
+    assert run.wait_for("validate gguf ..."), run.lines
+    (exported,) = (tmp_path / "store" / "export_gguf").glob("*/files/*.gguf")
+    weights = bytearray(exported.read_bytes())
+    for place in range(len(weights) // 2, len(weights), 97):
+        weights[place] ^= 0x55
+    exported.write_bytes(weights)
+    assert run.end() == 2, run.lines
+    assert run.lines[-1].startswith(f"martlet: {exported} is damaged"), run.lines
+    assert not any("Traceback" in line for line in run.lines), run.lines
+    run = start(recipe)
+    assert run.end() == 0, run.lines
+    assert any(f"warning: export_gguf: {exported} is damaged" in line for line in run.lines), run.lines
+    assert what_it_is(tmp_path / "release") == what_it_is(tmp_path / "other-release")

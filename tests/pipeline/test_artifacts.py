@@ -97,6 +97,37 @@ def test_damage_is_named_put_aside_and_healed(store: Store, harm: str) -> None:
     assert len(list((store.root / "quarantine").iterdir())) == 1
 
 
+@pytest.mark.parametrize("ends", ["as if nothing had happened", "with an error"])
+def test_an_input_that_is_damaged_while_it_is_used(store: Store, ends: str) -> None:
+    """What was made of it is not kept, nor are the checkpoints; the next run makes both anew."""
+    first = store.get_or_make("greet", 1, {}, {}, write_greeting)
+    file = first.path / "deep" / "greeting.txt"
+
+    def make(output: Path, work: Path) -> None:
+        (work / "checkpoint").write_text("7")
+        file.write_text("hellp")
+        write_greeting(output, work)
+        if ends == "with an error":
+            raise ValueError("what is this?")
+
+    with pytest.raises(UserError, match=r"greeting\.txt is damaged .*; that happened while it was in use"):
+        store.get_or_make("answer", 1, {}, {"greeting": first}, make)
+    assert [path.suffix for path in (store.root / "answer").iterdir()] == [".lock"]
+    healed = store.get_or_make("greet", 1, {}, {}, write_greeting)
+    assert (healed.cached, healed.digest) == (False, first.digest)
+    assert not store.get_or_make("answer", 1, {}, {"greeting": healed}, write_greeting).cached
+
+
+def test_an_input_that_was_only_touched_is_read_again(store: Store) -> None:
+    first = store.get_or_make("greet", 1, {}, {}, write_greeting)
+
+    def make(output: Path, work: Path) -> None:
+        os.utime(first.path / "deep" / "greeting.txt")
+        write_greeting(output, work)
+
+    store.get_or_make("answer", 1, {}, {"greeting": first}, make)
+
+
 def test_failed_stage_leaves_nothing_but_its_work(store: Store) -> None:
     def fail(output: Path, work: Path) -> None:
         (output / "half.bin").write_text("half")
