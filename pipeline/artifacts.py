@@ -441,7 +441,7 @@ def _without_measured(value: Any) -> Any:
 def _marks(folder: Path) -> dict[str, tuple[int, ...]]:
     """What changes of an artifact's files when somebody writes to them; of the manifest, which is written
     last, nothing."""
-    marks = {}
+    marks: dict[str, tuple[int, ...]] = {}
     for path in folder.rglob("*"):
         with contextlib.suppress(FileNotFoundError):
             status = path.stat()
