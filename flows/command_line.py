@@ -24,6 +24,8 @@ from pipeline.errors import EXIT_BAD_INPUT, EXIT_GATE_FAILED, EXIT_INTERRUPTED, 
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 SERVER_SECONDS = "600"
 """Seconds in which Prefect's embedded server must answer; it takes ten, and minutes on a crowded machine."""
+WIDTH_OF_COMPARISON = 170
+"""Columns of a terminal that the whole table of ``martlet compare`` takes."""
 DEFAULT_RECIPE = Path("recipes/smollm2-135m-to-99m.yaml")
 
 WELCOME = """martlet distils a big language model into a small one and ships it to devices.
@@ -775,12 +777,16 @@ def show_comparison(facts: dict[str, Any]) -> None:
     """The table of a comparison, nearest to the teacher first."""
     from pipeline.compare import MEASURES
 
+    console = Console()
+    # A narrow terminal would cut every column to three letters; the page has them all.
+    narrow = ("kl", "reverse_kl", "cross_entropy", "same_top")
+    shown = MEASURES if console.width >= WIDTH_OF_COMPARISON else {key: MEASURES[key] for key in narrow}
     table = Table(
         title=f"{facts['tokens']:,} training tokens, seeds {', '.join(map(str, facts['seeds']))}",
         title_justify="left",
     )
-    table.add_column("objective")
-    for heading in MEASURES.values():
+    table.add_column("objective", no_wrap=console.width >= 80, overflow="fold")
+    for heading in shown.values():
         table.add_column(heading, justify="right")
 
     def cell(key: str, line: dict[str, Any], spreads: dict[str, Any]) -> str:
@@ -793,8 +799,8 @@ def show_comparison(facts: dict[str, Any]) -> None:
     rows = [(entry["label"], entry["mean"], entry["spread"]) for entry in standings(facts)]
     rows += [("student before", facts["before"], {}), ("teacher", facts["teacher"], {})]
     for label, line, spreads in rows:
-        table.add_row(label, *(cell(key, line, spreads) for key in MEASURES))
-    Console().print(table)
+        table.add_row(label, *(cell(key, line, spreads) for key in shown))
+    console.print(table)
 
 
 def run(command: Callable[[], Any]) -> int:

@@ -16,6 +16,9 @@ Common arguments:
 - ``mask`` ``[N]`` or ``[B, T]``: positions that count; None: all.
 - ``student_head``, ``teacher_head``: ``HeadOptions`` with bias, scale and soft-capping.
 - ``chunk_size``: positions at a time; memory is about ``2 * chunk_size * V * 4`` bytes for ``fused_taid``.
+- ``compiled``: the softmaxes and sums of a chunk through ``torch.compile``, which needs a C++ compiler or a
+  GPU: fewer passes over memory, of which a CPU gains nothing (docs/log.md). PyTorch 2.13 cannot compile
+  ``fused_skew_forward_kl`` for a CPU.
 
 Softmax runs in float32 (float64 inputs stay float64); projections run in the hidden states' type, or in
 autocast's where that is on.
@@ -92,6 +95,7 @@ def fused_taid(
     student_head: HeadOptions = HeadOptions(),
     teacher_head: HeadOptions = HeadOptions(),
     chunk_size: int = CHUNK_SIZE,
+    compiled: bool = False,
 ) -> Tensor:
     """``objectives.taid`` in chunks; see the module for the arguments.
 
@@ -100,10 +104,13 @@ def fused_taid(
             the mean entropy is KL(p_t‖q). None: it is not computed, which saves a pass over the logits.
     """
     objectives.check_share("t", t)
+    # A number would be compiled in, and each step's t anew.
+    share = torch.tensor(t, dtype=torch.float64, device=student_hidden.device) if compiled else t
 
     def chunk_taid(student: Tensor, teacher: Tensor | None, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         assert teacher is not None
-        target = torch.lerp(student, teacher, t, out=teacher)
+        weight = share.to(student.dtype) if isinstance(share, Tensor) else share
+        target = torch.lerp(student, teacher, weight, out=teacher)
         if target_entropy is None:
             return _cross_entropy_with(torch.softmax(target, -1, out=target), student)
         log_target = torch.log_softmax(target, -1, out=target)
@@ -121,6 +128,7 @@ def fused_taid(
         student_head=student_head,
         teacher_head=teacher_head,
         chunk_size=chunk_size,
+        compiled=compiled,
     )
 
 
@@ -402,6 +410,7 @@ def fused_cross_entropy(
     mask: Tensor | None = None,
     student_head: HeadOptions = HeadOptions(),
     chunk_size: int = CHUNK_SIZE,
+    compiled: bool = False,
 ) -> Tensor:
     """``objectives.cross_entropy`` in chunks; ``labels`` ``[N]`` or ``[B, T]``, the rest see the module."""
 
@@ -426,6 +435,7 @@ def fused_cross_entropy(
         mask=mask,
         student_head=student_head,
         chunk_size=chunk_size,
+        compiled=compiled,
     )
 
 
@@ -441,6 +451,7 @@ def fused_objective(
     student_head: HeadOptions = HeadOptions(),
     teacher_head: HeadOptions = HeadOptions(),
     chunk_size: int = CHUNK_SIZE,
+    compiled: bool = False,
 ) -> Tensor:
     """Mean over the masked positions of an objective that is given chunk by chunk.
 
@@ -492,7 +503,7 @@ def fused_objective(
         None if teacher_hidden is None else choose(teacher_hidden.detach().flatten(0, -2)),
         None if teacher_head_weight is None else teacher_head_weight.detach(),
         labels,
-        chunk_objective,
+        torch.compile(chunk_objective, dynamic=True) if compiled else chunk_objective,
         student_head,
         teacher_head,
         chunk_size,
