@@ -61,11 +61,8 @@ def install(source_package: Path | None = None) -> Path:
         return destination
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent) as temporary:
-        if source_package is None:
-            source_package = _fetch(Path(temporary) / "source")
-        _check(source_package)
         unpacked = Path(temporary) / "unpacked"
-        _unpack(source_package, unpacked)
+        unpack_llama_cpp(source_package, unpacked, WANTED)
         if destination.exists():  # without its script, so what somebody left half removed
             shutil.rmtree(destination)
         try:
@@ -75,6 +72,25 @@ def install(source_package: Path | None = None) -> Path:
             if not (destination / SCRIPT).is_file():
                 raise
     return destination
+
+
+def unpack_llama_cpp(source_package: Path | None, folder: Path, wanted: tuple[str, ...]) -> None:
+    """Unpacks parts of llama.cpp from the source package of llama-cpp-python.
+
+    Args:
+        source_package: the package; fetched with pip, beside ``folder``, when None.
+        folder: new folder that becomes llama.cpp's.
+        wanted: what its files' paths in llama.cpp begin with.
+
+    Raises:
+        ExportError: the package cannot be fetched or read, its SHA-256 is not the pinned one, the installed
+            runtime is of another version, or the first of ``wanted`` is not in it.
+    """
+    _check_version()
+    if source_package is None:
+        source_package = _fetch(folder.with_name("source"))
+    _check(source_package)
+    _unpack(source_package, folder, wanted)
 
 
 def _check_version() -> None:
@@ -112,7 +128,7 @@ def _check(source_package: Path) -> None:
         )
 
 
-def _unpack(source_package: Path, folder: Path) -> None:
+def _unpack(source_package: Path, folder: Path, wanted: tuple[str, ...]) -> None:
     prefix = "vendor/llama.cpp/"
     folder.mkdir()
     with tarfile.open(source_package) as archive:
@@ -121,11 +137,11 @@ def _unpack(source_package: Path, folder: Path) -> None:
             if not member.isfile() or not inside.startswith(prefix):
                 continue
             name = inside.removeprefix(prefix)
-            if name.startswith(WANTED):
+            if name.startswith(wanted):
                 member.name = name
                 archive.extract(member, folder, filter="data")
-    if not (folder / SCRIPT).is_file():
-        raise ExportError(f"{source_package}: holds no {prefix}{SCRIPT}.")
+    if not (folder / wanted[0]).is_file():
+        raise ExportError(f"{source_package}: holds no {prefix}{wanted[0]}.")
 
 
 def main() -> int:

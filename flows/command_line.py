@@ -449,23 +449,33 @@ def phone(
     browser: Annotated[
         str | None, typer.Option(help="Drive the page here, with a phone's screen, in this Chromium.")
     ] = None,
+    adb: Annotated[
+        bool, typer.Option("--adb", help="Measure the GGUF files natively on an attached Android device.")
+    ] = False,
     file: Annotated[
-        str | None, typer.Option(help="With --browser: only files with this in their names.")
+        str | None, typer.Option(help="With --browser, --adb: only files with this in their names.")
     ] = None,
+    serial: Annotated[str | None, typer.Option(help="With --adb: which of several devices.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="With --adb: CPU threads.")] = 4,
 ) -> None:
     """Try a release in a browser or on a phone, which sends back how fast it is.
 
     Example: martlet phone release --lan
     """
-    if lan and browser is not None:
-        raise UserError("--lan, --browser: are two ways to run the files; give one of them.")
+    if lan + adb + (browser is not None) > 1:
+        raise UserError("--lan, --browser, --adb: are three ways to run the files; give one of them.")
+    if adb:
+        from pipeline import android
+
+        android.run(release, serial=serial, wanted=file, threads=threads, say=progress_line)
+        return
     if browser is not None:
         from pipeline import browser_check
 
         browser_check.run(release, browser=browser, wanted=file, say=progress_line)
         return
     if file is not None:
-        raise UserError("--file: is for --browser; the page itself offers every file.")
+        raise UserError("--file: is for --browser and --adb; the page itself offers every file.")
     from pipeline.phone import serve
 
     serve(release, lan=lan, port=port, say=lambda line: print(line, flush=True), address=address)

@@ -72,9 +72,10 @@ class _Strict(BaseModel):
 
 
 class Device(_Strict):
-    """The device in its browser's own words; null is what the browser keeps to itself."""
+    """The device in its browser's own words, or in Android's where no browser took part; null is what they
+    do not tell."""
 
-    user_agent: Word
+    user_agent: Word | None
     platform: Word | None
     platform_version: Word | None
     model: Word | None
@@ -82,13 +83,13 @@ class Device(_Strict):
     mobile: bool
     processors: Count | None
     memory_gb: Positive | None
-    screen: Word
+    screen: Word | None
     webgpu: Word | None
     threads_allowed: bool
 
 
 class Measurement(_Strict):
-    """One file measured by the page; the units are those of ``report.json``'s ``device``."""
+    """One file measured by the page or over adb; the units are those of ``report.json``'s ``device``."""
 
     file: Word
     format: Literal["gguf", "onnx"]
@@ -315,6 +316,12 @@ def add_result(root: Path, result: Result) -> str:
             f"measurement.file: {measured.file!r} with this format, quantization and bytes is not in the "
             "release."
         )
+    return record(root, result)
+
+
+def record(root: Path, result: Result) -> str:
+    """As ``add_result``, for a file that is known to be in the release."""
+    measured = result.measurement
     entry = {
         "device": result.device.model_dump(),
         **measured.model_dump(),
