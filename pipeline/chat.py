@@ -1,6 +1,7 @@
 """A conversation in the terminal with any released file."""
 
 import contextlib
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -100,6 +101,9 @@ def converse(
         if content == "/new":
             messages = []
             tell("A new conversation.")
+        elif re.fullmatch("/[a-z]+", content):
+            tell(HELP if content == "/help" else f"There is no {content}: {HELP}")
+            continue
         if not content or content == "/new":
             continue
         messages.append({"role": "user", "content": content})
