@@ -138,6 +138,28 @@ def test_a_damaged_file_is_said_and_another_can_be_loaded(phone: Any, release: P
     running.lost()
 
 
+def test_a_page_whose_worker_cannot_be_installed_works_while_it_is_open(
+    phone: Any, release: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(release, tmp_path / "release")
+    (tmp_path / "release" / "web" / "icon.svg").unlink()  # one of the files that the worker keeps
+    running = Server(tmp_path / "release")
+    phone.set_default_timeout(40_000)
+    tab, _, _ = open_page(phone, running.origin)
+    load(tab, "GGUF q8_0")
+    assert "needs network" in tab.inner_text("#state")
+    assert ask(tab, QUESTIONS[0])["text"]
+    running.lost()
+
+
+def test_a_page_opened_from_a_folder_says_what_to_do(phone: Any, release: Path) -> None:
+    tab = phone.pages[0]
+    tab.emulate_media(reduced_motion="reduce")
+    tab.goto((release / "web" / "index.html").as_uri())
+    tab.wait_for_selector("#late:visible", timeout=20_000)
+    assert "from a web server" in tab.inner_text("#late")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_first_screen(phone: Any, server: Any, tmp_path: Path, scheme: str) -> None:
     tab, said, _ = open_page(phone, server.origin)

@@ -10,6 +10,7 @@ const IDEAS = ["What is a swallow?", "Name three colours.", "Tell me a short sto
 const LONGEST_ANSWER = 512;
 const CHECK_TOKENS = 32;
 const CHECK_ROUNDS = 3;
+const INSTALLED_WITHIN = 10_000; // milliseconds that the page waits for its worker
 // Plain English of our own, about 130 tokens in most vocabularies.
 const CHECK_TEXT =
   "The swallow builds its nest of mud under the roof of a barn and comes back to it every spring. Before the " +
@@ -44,6 +45,7 @@ function complain(error) {
 }
 
 async function start() {
+  at("late").hidden = true;
   await takeServiceWorker();
   try {
     release = await readModels();
@@ -72,12 +74,13 @@ async function start() {
 /** Installs the worker that keeps the page; reloads once where only its headers allow threads. */
 async function takeServiceWorker() {
   if (!navigator.serviceWorker) return;
+  let registration;
   try {
-    await navigator.serviceWorker.register("service-worker.js");
-    await navigator.serviceWorker.ready;
+    registration = await navigator.serviceWorker.register("service-worker.js");
   } catch {
     return; // no HTTPS, or a certificate that the browser only tolerates: works, but not without a network
   }
+  if (!(await isInstalled(registration))) return;
   if (!navigator.serviceWorker.controller) {
     await new Promise((resolve) => {
       navigator.serviceWorker.addEventListener("controllerchange", resolve, { once: true });
@@ -89,6 +92,19 @@ async function takeServiceWorker() {
     location.reload();
     await new Promise(() => {});
   }
+}
+
+/** Whether the worker is there in time. `serviceWorker.ready` would wait for ever for one that fails. */
+function isInstalled(registration) {
+  const worker = registration.installing ?? registration.waiting;
+  if (registration.active || !worker) return Boolean(registration.active);
+  return new Promise((resolve) => {
+    worker.addEventListener("statechange", () => {
+      if (worker.state === "activated") resolve(true);
+      if (worker.state === "redundant") resolve(false);
+    });
+    setTimeout(resolve, INSTALLED_WITHIN, false);
+  });
 }
 
 async function showModels() {
@@ -120,6 +136,7 @@ async function load(event) {
   at("problem").hidden = true;
   at("load").disabled = true;
   at("loading").hidden = false;
+  at("loading").scrollIntoView({ block: "nearest" }); // below the list of files, and so often below the screen
   say("Loading");
   let toldAt = 0;
   try {
@@ -149,7 +166,8 @@ async function load(event) {
   }
   current = model;
   const offline = engine.kept && navigator.serviceWorker?.controller;
-  ready = `${model.format.toUpperCase()} ${model.quantization} · ${offline ? "works offline" : "not kept"} · ${engine.threads} ${engine.threads === 1 ? "thread" : "threads"}`;
+  // As much as stands beside the buttons on a narrow phone.
+  ready = `${model.format.toUpperCase()} ${model.quantization} · ${offline ? "works offline" : "needs network"}`;
   newChat();
   show("talk");
   navigator.storage?.persist?.();
@@ -171,7 +189,7 @@ function newChat() {
   messages = [];
   at("log").replaceChildren();
   at("welcome").hidden = false;
-  at("loaded").textContent = ready;
+  at("loaded").textContent = `${ready} · ${engine.threads} ${engine.threads === 1 ? "thread" : "threads"}`;
   say(ready);
 }
 
@@ -362,4 +380,7 @@ at("stop").addEventListener("click", () => answering?.abort());
 at("run-check").addEventListener("click", check);
 if (forPhone) at("check").querySelector("details").open = true;
 
-start();
+start().catch((error) => {
+  say("Nothing to load");
+  complain(error);
+});
