@@ -1,5 +1,5 @@
 """MLC folders: quantized weights as ``mlc_llm convert_weight`` writes them, the chat configuration of
-``mlc_llm gen_config``, and a CPU library compiled by the same compiler (apache-tvm).
+``mlc_llm gen_config``, and libraries compiled by the same compiler (apache-tvm).
 
 Weight layout of ``*_1``: a matrix is [N, K], its groups 32 weights along K. In the model's dtype,
 scale = max|w| / 7 and q = clip(round_half_even(w / scale + 7), 0, 14); eight q fill a uint32, lowest first.
@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from export import emscripten
 from export.errors import ExportError
 from export.processes import run_logged
 from export.quantizations import MLC as QUANTIZATIONS
-from export.quantizations import MLC_LIBRARIES
+from export.quantizations import MLC_LIBRARIES, WEBGPU
 
 ATTENTION_NAMES = {"llama": "qkv_proj", "qwen2": "c_attn", "qwen3": "c_attn"}
 """Model types that can be exported, and MLC's name of their fused attention input."""
@@ -53,7 +54,7 @@ def export_mlc(
         context_length: ``context_window_size`` in tokens, at most the model's own, which is the default.
         compile_cpu: also compile ``libs/NAME-QUANTIZATION-LIBRARY``.
         libraries: keys of ``MLC_LIBRARIES``; those for ARM are an archive of objects, as MLC's own for
-            phones, which a toolchain for that system links.
+            phones, which a toolchain for that system links; those for WebGPU need Emscripten.
         progress: receives one line at the start of each step.
 
     Returns:
@@ -62,19 +63,15 @@ def export_mlc(
 
     Raises:
         ExportError: the quantization or the model family is not supported, widths are not divisible by 32,
-            the context is longer than the model's, the chat template cannot be said in MLC's terms, or an
-            ``mlc_llm`` on PATH, which is then run too, makes other weights.
+            the context is longer than the model's, the chat template cannot be said in MLC's terms, a
+            library cannot be compiled, or an ``mlc_llm`` on PATH, which is then run too, makes other weights.
     """
-    from export.mlc_model import compile_library
-
     model_dir, output_dir = Path(model_dir), Path(output_dir)
     if quantization not in QUANTIZATIONS:
         raise ExportError(
             f"There is no MLC quantization {quantization!r}; choose from {', '.join(QUANTIZATIONS)}."
         )
-    for target in libraries:
-        if target not in MLC_LIBRARIES:
-            raise ExportError(f"There is no MLC library {target!r}; choose from {', '.join(MLC_LIBRARIES)}.")
+    check_libraries(libraries, quantization)
     if not list(model_dir.glob("*.safetensors")):
         raise ExportError(f"{model_dir}: no .safetensors file; export a folder with safetensors.")
     if output_dir.exists() and any(output_dir.iterdir()):
@@ -107,15 +104,49 @@ def export_mlc(
             for target in libraries:
                 progress(f"mlc: compiling the {quantization} library for {target}")
                 library = folder / "libs" / f"{name}-{quantization}-{target}{MLC_LIBRARIES[target]}"
-                compile_library(architecture, library, facts, target)
+                _compile_library(architecture, library, facts, target)
         if output_dir.exists():
             output_dir.rmdir()
         folder.rename(output_dir)
     return output_dir
 
 
+def check_libraries(libraries: Sequence[str], quantization: str) -> None:
+    """Whether the libraries of a quantization can be compiled here.
+
+    Args:
+        libraries: keys of ``MLC_LIBRARIES``.
+        quantization: a key of ``QUANTIZATIONS``.
+
+    Raises:
+        ExportError: there is no such library, none of this quantization, or Emscripten is missing.
+    """
+    for target in libraries:
+        if target not in MLC_LIBRARIES:
+            raise ExportError(f"There is no MLC library {target!r}; choose from {', '.join(MLC_LIBRARIES)}.")
+    if WEBGPU in libraries:
+        if QUANTIZATIONS[quantization][0] != "float32":
+            whole = [name for name, (dtype, _) in QUANTIZATIONS.items() if dtype == "float32"]
+            raise ExportError(
+                f"There is no {WEBGPU} library of {quantization}: not every browser has half precision; "
+                f"take {' or '.join(whole)}, or leave {WEBGPU} out."
+            )
+        emscripten.compiler()
+
+
+def _compile_library(architecture: Any, path: Path, facts: dict[str, Any], target: str) -> None:
+    if target == WEBGPU:
+        from export.mlc_webgpu import compile_library
+
+        compile_library(architecture, path, facts)
+    else:
+        from export import mlc_model
+
+        mlc_model.compile_library(architecture, path, facts, target)
+
+
 def read_architecture(model_dir: Path, quantization: str) -> Any:
-    """The model's shape as the CPU library needs it, with the true rope theta.
+    """The model's shape as the libraries need it, with the true rope theta.
 
     Raises:
         ExportError: the family, the rope scaling or a width is not supported.

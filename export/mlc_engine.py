@@ -20,7 +20,10 @@ MASKED = -3.0e38
 
 
 def add_engine_functions(
-    builder: relax.BlockBuilder, a: "kernels.Architecture", described: target.Target
+    builder: relax.BlockBuilder,
+    a: "kernels.Architecture",
+    described: target.Target,
+    operators: "type[Operators]",
 ) -> None:
     """Adds embed, prefill, decode, batch_prefill, batch_decode, batch_verify, create_tir_paged_kv_cache and
     the sampling functions to a module.
@@ -29,8 +32,9 @@ def add_engine_functions(
         builder: the module being built, outside of any function.
         a: the model's architecture.
         described: what the module will be compiled for; the cache has kernels of its own for CPUs.
+        operators: what the model is made of.
     """
-    _add_embed(builder, a)
+    _add_embed(builder, a, operators)
     for name, batch, count, positions in (
         ("batch_prefill", 1, "tokens", "given"),
         ("batch_decode", "batch", 1, "every"),
@@ -38,17 +42,20 @@ def add_engine_functions(
         ("prefill", 1, "tokens", "last"),
         ("decode", 1, 1, "every"),
     ):
-        _add_model_function(builder, a, name, batch, count, positions)
+        _add_model_function(builder, a, operators, name, batch, count, positions)
     _add_cache(builder, a, described)
-    _add_sampling(builder)
+    _add_sampling(builder, operators.sampling_kernels())
 
 
 def _tensor(shape: list[Any], dtype: str = "float32") -> relax.TensorType:
     return relax.TensorType([T.int64(s) if isinstance(s, int) else s for s in shape], dtype)
 
 
-class _Caller:
-    """Emits kernel calls into the function that is being built."""
+class Operators:
+    """Emits a model's operators, as kernels for CPUs, into the function that is being built.
+
+    Activations are [T, width]; T may be symbolic. Weights go by their tensors' names without ``.weight``.
+    """
 
     def __init__(self, builder: relax.BlockBuilder, a: "kernels.Architecture", packed: relax.Var):
         self.builder, self.a = builder, a
@@ -74,6 +81,50 @@ class _Caller:
         kernel = kernels.norm_kernel(self.a.hidden_size, self.a.norm_epsilon, self.a.weight_dtype)
         return self.call(kernel, "rms_norm", [x, self.parameters[name]], [count, self.a.hidden_size])
 
+    def embed(self, ids: relax.Var, tokens: Any) -> relax.Var:
+        """Rows of the embedding."""
+        a = self.a
+        kernel = kernels.embedding_kernel(a.vocabulary_size, a.hidden_size, a.quantized, a.weight_dtype)
+        arguments = [ids, *self.weights("model.embed_tokens")]
+        return self.call(kernel, "embed", arguments, [tokens, a.hidden_size])
+
+    def bias(self, x: relax.Var, name: str, width: int, count: Any) -> relax.Var:
+        """x + bias."""
+        kernel = kernels.bias_kernel(width, self.a.weight_dtype)
+        return self.call(kernel, "add_bias", [x, self.parameters[name]], [count, width])
+
+    def head_norm(self, x: relax.Var, prefix: str, width: int, count: Any) -> relax.Var:
+        """Queries and keys normalized head by head."""
+        norms = [self.parameters[f"{prefix}.{part}_norm.weight"] for part in "qk"]
+        return self.call(kernels.head_norm_kernel(self.a), "head_norm", [x, *norms], [count, width])
+
+    def add(self, x: relax.Var, y: relax.Var, count: Any) -> relax.Var:
+        """x + y."""
+        width = self.a.hidden_size
+        return self.call(kernels.add_kernel(width), "add", [x, y], [count, width])
+
+    def gate(self, x: relax.Var, count: Any) -> relax.Var:
+        """silu(gate) * up, of x = [gate, up]."""
+        width = self.a.intermediate_size
+        return self.call(kernels.gate_kernel(width), "silu_gate", [x], [count, width])
+
+    def last(self, x: relax.Var) -> relax.Var:
+        """The last row."""
+        width = self.a.hidden_size
+        return self.call(kernels.last_kernel(width), "last", [x], [1, width])
+
+    @staticmethod
+    def sampling_kernels() -> dict[str, tirx.PrimFunc]:
+        """Kernels of the sampling functions, by the functions' names; ``argsort_probs`` is TVM's own where
+        there is none."""
+        return {
+            "apply_logit_bias_inplace": logit_bias_kernel(),
+            "apply_penalty_inplace": penalty_kernel(),
+            "apply_bitmask_inplace": bitmask_kernel(),
+            "softmax_with_temperature": softmax_kernel(),
+            "sample_with_top_p": top_p_kernel(),
+        }
+
     def reshape(self, x: relax.Expr, shape: list[Any]) -> relax.Var:
         return self.builder.emit(
             relax.op.reshape(x, [T.int64(s) if isinstance(s, int) else s for s in shape])
@@ -85,19 +136,22 @@ def _packed(a: "kernels.Architecture") -> relax.Var:
     return relax.Var("packed_params", relax.TupleType(types))
 
 
-def _add_embed(builder: relax.BlockBuilder, a: "kernels.Architecture") -> None:
+def _add_embed(builder: relax.BlockBuilder, a: "kernels.Architecture", operators: type[Operators]) -> None:
     tokens = tirx.Var("tokens", "int64")
     input_ids = relax.Var("input_ids", _tensor([tokens], "int32"))
     packed = _packed(a)
     with builder.function("embed", [input_ids, packed]):
-        caller = _Caller(builder, a, packed)
-        kernel = kernels.embedding_kernel(a.vocabulary_size, a.hidden_size, a.quantized, a.weight_dtype)
-        arguments = [input_ids, *caller.weights("model.embed_tokens")]
-        builder.emit_func_output(caller.call(kernel, "embed", arguments, [tokens, a.hidden_size]))
+        builder.emit_func_output(operators(builder, a, packed).embed(input_ids, tokens))
 
 
 def _add_model_function(
-    builder: relax.BlockBuilder, a: "kernels.Architecture", name: str, batch: Any, count: Any, positions: str
+    builder: relax.BlockBuilder,
+    a: "kernels.Architecture",
+    operators: type[Operators],
+    name: str,
+    batch: Any,
+    count: Any,
+    positions: str,
 ) -> None:
     """One function that runs the model on embeddings [batch, count, H].
 
@@ -115,7 +169,7 @@ def _add_model_function(
     heads, groups, dim = a.heads, a.key_value_heads, a.head_dim
     width = (heads + 2 * groups) * dim
     with builder.function(name, [embeddings, *where, paged, packed]):
-        caller = _Caller(builder, a, packed)
+        caller = operators(builder, a, packed)
         x = caller.reshape(embeddings, [tokens, a.hidden_size])
         for number in range(a.layers):
             prefix = f"model.layers.{number}"
@@ -123,13 +177,9 @@ def _add_model_function(
             y = caller.norm(x, f"{prefix}.input_layernorm.weight", tokens)
             y = caller.multiply(y, attention, width, a.hidden_size, tokens)
             if a.attention_bias:
-                bias = caller.parameters[f"{attention}.bias"]
-                y = caller.call(
-                    kernels.bias_kernel(width, a.weight_dtype), "add_bias", [y, bias], [tokens, width]
-                )
+                y = caller.bias(y, f"{attention}.bias", width, tokens)
             if a.head_norms:
-                norms = [caller.parameters[f"{prefix}.self_attn.{part}_norm.weight"] for part in "qk"]
-                y = caller.call(kernels.head_norm_kernel(a), "head_norm", [y, *norms], [tokens, width])
+                y = caller.head_norm(y, f"{prefix}.self_attn", width, tokens)
             y = builder.emit(
                 relax.call_dps_packed(
                     "vm.builtin.attention_kv_cache_attention_with_fused_qkv",
@@ -144,19 +194,18 @@ def _add_model_function(
             )
             y = caller.reshape(y, [tokens, heads * dim])
             y = caller.multiply(y, f"{prefix}.self_attn.o_proj", a.hidden_size, heads * dim, tokens)
-            x = caller.call(kernels.add_kernel(a.hidden_size), "add", [x, y], [tokens, a.hidden_size])
+            x = caller.add(x, y, tokens)
             y = caller.norm(x, f"{prefix}.post_attention_layernorm.weight", tokens)
             gate = f"{prefix}.mlp.gate_up_proj"
             y = caller.multiply(y, gate, 2 * a.intermediate_size, a.hidden_size, tokens)
-            kernel = kernels.gate_kernel(a.intermediate_size)
-            y = caller.call(kernel, "silu_gate", [y], [tokens, a.intermediate_size])
+            y = caller.gate(y, tokens)
             y = caller.multiply(y, f"{prefix}.mlp.down_proj", a.hidden_size, a.intermediate_size, tokens)
-            x = caller.call(kernels.add_kernel(a.hidden_size), "add", [x, y], [tokens, a.hidden_size])
+            x = caller.add(x, y, tokens)
         rows: Any = tokens
         if positions == "given":
             x, rows = builder.emit(relax.op.take(x, where[0], axis=0, mode="clip")), asked
         elif positions == "last":
-            x, rows = caller.call(kernels.last_kernel(a.hidden_size), "last", [x], [1, a.hidden_size]), 1
+            x, rows = caller.last(x), 1
         x = caller.norm(x, "model.norm.weight", rows)
         head = "model.embed_tokens" if a.tied else "lm_head"
         logits = caller.multiply(x, head, a.vocabulary_size, a.hidden_size, rows)
@@ -202,7 +251,7 @@ def _add_cache(builder: relax.BlockBuilder, a: "kernels.Architecture", described
         builder.emit_func_output(made._expr)
 
 
-def _add_sampling(builder: relax.BlockBuilder) -> None:
+def _add_sampling(builder: relax.BlockBuilder, sampling: dict[str, tirx.PrimFunc]) -> None:
     """Sampling functions; all symbolic, so that one library serves any number of sequences."""
     batch, vocabulary, count, sequences = (
         tirx.Var(name, "int64") for name in ("batch", "vocabulary", "count", "sequences")
@@ -215,7 +264,6 @@ def _add_sampling(builder: relax.BlockBuilder) -> None:
     in_place = (
         (
             "apply_logit_bias_inplace",
-            logit_bias_kernel(),
             [
                 vector("pos2seq_id", "int32", count),
                 vector("token_ids", "int32", count),
@@ -224,7 +272,6 @@ def _add_sampling(builder: relax.BlockBuilder) -> None:
         ),
         (
             "apply_penalty_inplace",
-            penalty_kernel(),
             [
                 vector("seq_ids", "int32", sequences),
                 vector("pos2seq_id", "int32", count),
@@ -235,31 +282,35 @@ def _add_sampling(builder: relax.BlockBuilder) -> None:
         ),
         (
             "apply_bitmask_inplace",
-            bitmask_kernel(),
             [
                 vector("seq_ids", "int32", sequences),
                 relax.Var("bitmask", _tensor([batch, (vocabulary + 31) // 32], "int32")),
             ],
         ),
     )
-    for name, kernel, others in in_place:
+    for name, others in in_place:
         with builder.function(name, [logits, *others]):
-            function = builder.add_func(kernel, name.replace("_inplace", "_kernel"))
+            function = builder.add_func(sampling[name], name.replace("_inplace", "_kernel"))
             done = relax.op.call_tir_inplace(function, [logits, *others], [0], _tensor([batch, vocabulary]))
             builder.emit_func_output(builder.emit(done))
 
     rows = relax.Var("logits", _tensor([batch, 1, vocabulary]))
     temperature = vector("temperature", "float32", batch)
     with builder.function("softmax_with_temperature", [rows, temperature]):
-        function = builder.add_func(softmax_kernel(), "softmax_kernel")
+        function = builder.add_func(sampling["softmax_with_temperature"], "softmax_kernel")
         probabilities = relax.call_tir(function, [rows, temperature], _tensor([batch, 1, vocabulary]))
         builder.emit_func_output(builder.emit(probabilities))
 
     probs = relax.Var("probs", _tensor([batch, vocabulary]))
     with builder.function("argsort_probs", [probs]):
-        indices = builder.emit(relax.op.argsort(probs, axis=1, descending=True, dtype="int32"))
-        ordered = builder.emit(relax.op.gather_elements(probs, indices, axis=1))
-        builder.emit_func_output(relax.Tuple([ordered, indices]))
+        if "argsort_probs" in sampling:
+            function = builder.add_func(sampling["argsort_probs"], "argsort_kernel")
+            types = [_tensor([batch, vocabulary]), _tensor([batch, vocabulary], "int32")]
+            builder.emit_func_output(builder.emit(relax.call_tir(function, [probs], types)))
+        else:
+            indices = builder.emit(relax.op.argsort(probs, axis=1, descending=True, dtype="int32"))
+            ordered = builder.emit(relax.op.gather_elements(probs, indices, axis=1))
+            builder.emit_func_output(relax.Tuple([ordered, indices]))
 
     ordered = relax.Var("sorted_probs", _tensor([batch, vocabulary]))
     indices = relax.Var("sorted_indices", _tensor([batch, vocabulary], "int32"))
@@ -269,7 +320,7 @@ def _add_sampling(builder: relax.BlockBuilder) -> None:
         vector("top_p", "float32", batch),
     ]
     with builder.function("sample_with_top_p", [ordered, indices, *others]):
-        function = builder.add_func(top_p_kernel(), "top_p_kernel")
+        function = builder.add_func(sampling["sample_with_top_p"], "top_p_kernel")
         sampled = relax.call_tir(function, [ordered, indices, *others], _tensor([count], "int32"))
         builder.emit_func_output(builder.emit(sampled))
 

@@ -137,14 +137,19 @@ def build_module(
     ):
         _emit_function(builder, a, name, single, every)
     if described is not None:
-        from export.mlc_engine import add_engine_functions
+        from export.mlc_engine import Operators, add_engine_functions
 
-        add_engine_functions(builder, a, described)
+        add_engine_functions(builder, a, described, Operators)
+    add_metadata(builder, a, metadata)
+    return builder.finalize()
+
+
+def add_metadata(builder: relax.BlockBuilder, a: Architecture, metadata: dict[str, Any]) -> None:
+    """Adds ``_metadata``, which returns what ``engine_metadata`` says and ``metadata`` as JSON."""
     with builder.function("_metadata", []):
         chunk = int(metadata.get("prefill_chunk_size", a.context_length))
         text = json.dumps({**engine_metadata(a, chunk), **metadata})
         builder.emit_func_output(builder.emit(ir.StringImm(text)))
-    return builder.finalize()
 
 
 def engine_metadata(a: Architecture, chunk: int) -> dict[str, Any]:

@@ -28,12 +28,15 @@ MLC: dict[str, tuple[str, bool]] = {
 }
 """Names, the model's dtype, and whether matrices are quantized to four bits."""
 
+WEBGPU = "wasm32-webgpu"
+
 MLC_LIBRARIES = {
     "x86_64-cpu": ".so",
     "aarch64-cpu": ".tar",
+    WEBGPU: ".wasm",
 }
-"""What MLC model libraries are compiled for, and their files' suffixes: one that this machine can load, and
-the objects that a toolchain for that system links."""
+"""What MLC model libraries are compiled for, and their files' suffixes: one that this machine can load, the
+objects that a toolchain for that system links, and what WebLLM loads in a browser."""
 
 ONNX = {
     "fp32": "model.onnx",

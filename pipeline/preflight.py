@@ -5,12 +5,12 @@ import contextlib
 import json
 import math
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from export.errors import ExportError
 from export.gguf import export_vocabulary
-from export.mlc import chat_config, read_architecture
+from export.mlc import chat_config, check_libraries, read_architecture
 from export.onnx import export_tokenizer
 from export.quantizations import MLC
 from export.runtime import ChatReader
@@ -41,12 +41,17 @@ def run(store: Store, recipe: Recipe, student: Artifact) -> Artifact:
             student.path / "model",
             formats,
             pre_tokenizer=recipe.export.pre_tokenizer,
+            libraries=recipe.export.mlc_libraries,
             log=store.log_file("preflight"),
         )
         require_none(found)
         write_json(output / "preflight.json", {"formats": formats})
 
-    parameters = {"formats": formats, "pre_tokenizer": recipe.export.pre_tokenizer}
+    parameters = {
+        "formats": formats,
+        "pre_tokenizer": recipe.export.pre_tokenizer,
+        "libraries": recipe.export.mlc_libraries,
+    }
     return store.get_or_make(STAGE, VERSION, parameters, {"student": student}, make)
 
 
@@ -66,6 +71,7 @@ def problems(
     formats: Collection[str],
     *,
     pre_tokenizer: str | None = None,
+    libraries: Sequence[str] = (),
     chats: bool = True,
     log: Path | None = None,
 ) -> list[str]:
@@ -78,6 +84,7 @@ def problems(
         model_dir: Hugging Face folder.
         formats: of ``pipeline.exports.FORMATS``.
         pre_tokenizer: llama.cpp's name of the pre-tokenizer, for one that its converter does not recognise.
+        libraries: what MLC libraries are compiled for.
         chats: a model without a chat template is a problem of every format; else only of MLC.
         log: file that keeps what llama.cpp's converter writes.
 
@@ -100,6 +107,7 @@ def problems(
             from export.mlc_runtime import MlcReader
 
             quantization = next(iter(MLC))
+            check_libraries(libraries, quantization)
             config = chat_config(model_dir, read_architecture(model_dir, quantization), quantization)
             return MlcReader(config["conv_template"], model_dir / "tokenizer.json")
 

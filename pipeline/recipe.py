@@ -220,8 +220,9 @@ class Export(Section):
     mlc: list[str] = Field(default=["q4f32_1"])
     mlc_libraries: list[str] = Field(
         default=["x86_64-cpu"],
-        description="What MLC libraries are compiled for: x86_64-cpu (gates and benchmark need it) and "
-        "aarch64-cpu (an archive of objects to link on or for such a system).",
+        description="What MLC libraries are compiled for: x86_64-cpu (gates and benchmark need it), "
+        "aarch64-cpu (an archive of objects to link on or for such a system) and wasm32-webgpu (for WebLLM "
+        "in browsers; needs Emscripten and a quantization in float32).",
     )
     onnx: list[str] = Field(default=["fp32", "int4"])
     pre_tokenizer: str | None = Field(
@@ -252,6 +253,13 @@ class Export(Section):
                 raise ValueError(f"{key}: a quantization is listed twice")
         if self.mlc and "x86_64-cpu" not in self.mlc_libraries:
             raise ValueError("mlc_libraries: gates and benchmark run x86_64-cpu; add it")
+        if quantizations.WEBGPU in self.mlc_libraries:
+            for quantization in self.mlc:
+                if quantizations.MLC[quantization][0] != "float32":
+                    raise ValueError(
+                        f"mlc_libraries: there is no {quantizations.WEBGPU} library of {quantization}; leave "
+                        "one of them out, or take q4f32_1 or q0f32"
+                    )
         if not (self.gguf or self.mlc or self.onnx):
             raise ValueError("nothing to export: list at least one quantization under gguf, mlc or onnx")
         return self

@@ -523,6 +523,22 @@ def test_a_library_that_does_not_exist(tiny_model_dir: Path, tmp_path: Path) -> 
         export_mlc(tiny_model_dir, tmp_path / "out", "t", "q4f32_1", libraries=["riscv"])
 
 
+def test_a_library_for_browsers_that_cannot_be_made(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No Emscripten, half precision, an Emscripten that fails: a sentence each, and nothing is left."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ExportError, match=r"needs Emscripten's emcc .* apt-get install emscripten"):
+        export_mlc(tiny_model_dir, tmp_path / "out", "t", "q4f32_1", libraries=["wasm32-webgpu"])
+    with pytest.raises(ExportError, match=r"no wasm32-webgpu library of q4f16_1: .* take q4f32_1 or q0f32"):
+        export_mlc(tiny_model_dir, tmp_path / "out", "t", "q4f16_1", libraries=["wasm32-webgpu"])
+    (tmp_path / "emcc").write_text("#!/bin/sh\necho working\necho wasm-ld: no room >&2\nexit 1\n")
+    (tmp_path / "emcc").chmod(0o755)
+    with pytest.raises(ExportError, match=r"emcc: cannot make .* \(wasm-ld: no room\)"):
+        export_mlc(tiny_model_dir, tmp_path / "out", "t", "q4f32_1", libraries=["wasm32-webgpu"])
+    assert [path.name for path in tmp_path.iterdir()] == ["emcc"]
+
+
 @pytest.mark.parametrize("damage", ["", "bit", "missing", "fails"])
 def test_an_mlc_llm_on_the_path_must_make_the_same_weights(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str

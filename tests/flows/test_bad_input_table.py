@@ -276,6 +276,12 @@ TABLE = (
         "export: gguf: there is no 'q9_9'; choose from ....",
     ),
     key("export.gguf", ["q8_0", "q8_0"], "export: gguf: a quantization is listed twice."),
+    key(
+        "export",
+        {"mlc": ["q4f16_1"], "mlc_libraries": ["x86_64-cpu", "wasm32-webgpu"]},
+        "export: mlc_libraries: there is no wasm32-webgpu library of q4f16_1; leave one of them out, or take "
+        "q4f32_1 or q0f32.",
+    ),
     key("export.gguf", "q8_0", "export.gguf: input should be a valid list, not 'q8_0'."),
     key("export.onnx", ["int3"], "export: onnx: there is no 'int3'; choose from ...."),
     key("export.mlc", ["q1f1"], "export: mlc: there is no 'q1f1'; choose from ...."),

@@ -31,6 +31,16 @@ def test_a_model_that_every_format_can_hold(tiny_model_dir: Path) -> None:
     assert preflight.problems(tiny_model_dir, ALL, pre_tokenizer="smollm") == []
 
 
+def test_a_library_for_browsers_needs_emscripten(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert preflight.problems(tiny_model_dir, ["mlc"], libraries=["x86_64-cpu"]) == []
+    (problem,) = preflight.problems(tiny_model_dir, ["mlc"], libraries=["x86_64-cpu", "wasm32-webgpu"])
+    assert problem.startswith("export.mlc: ")
+    assert "apt-get install emscripten" in problem
+
+
 def test_added_tokens_of_both_kinds_and_padded_rows(model_dir: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     tokenizer.add_tokens([AddedToken("<tool_call>"), AddedToken("<|user|>", special=True)])

@@ -1,0 +1,2 @@
+// Nothing of it is used by the sources that are compiled here.
+#pragma once

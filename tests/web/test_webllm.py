@@ -1,0 +1,194 @@
+"""The library for browsers in WebLLM's own engine, in Chromium with a GPU made of software (SwiftShader)."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from release_artifacts import example_artifacts, example_recipe, example_stage_times
+from static_server import Server
+
+from export.mlc import export_mlc
+from export.mlc_runtime import MlcRuntime
+from pipeline import cards, report
+from pipeline.artifacts import Store
+
+pytestmark = pytest.mark.slow
+CHROMIUM = Path("/usr/bin/chromium")
+NAME = "Tiny-Instruct"
+FLAGS = (
+    "--no-sandbox --enable-unsafe-webgpu --use-webgpu-adapter=swiftshader --disable-quic --no-first-run "
+    "--disable-background-networking --disable-component-update --disable-sync"
+)
+WEBLLM = Path(__file__).parents[2] / "web" / "node_modules" / "@mlc-ai" / "web-llm" / "lib" / "index.js"
+PAGE = """<!doctype html><meta charset="utf-8"><link rel="icon" href="data:,"><script type="module">
+import { MLCEngine } from "./web-llm.js";
+const logits = [];
+let ids = [];
+const record = {
+  processLogits(all) { logits.push(Array.from(all)); return all; },
+  processSampledToken(id) { ids.push(id); },
+  resetState() {},
+};
+// The part "resolve" tells WebLLM not to look for files as a hub has them.
+const address = `${location.origin}/FOLDER`;
+const model = { model_id: "m", model: `${address}/resolve/../`, model_lib: `${address}/libs/LIBRARY` };
+const engine = new MLCEngine({
+  appConfig: { model_list: [model] },
+  logitProcessorRegistry: new Map([["m", record]]),
+});
+window.load = () => engine.reload("m");
+window.forced = async (prompt, rest) => {
+  await engine.resetChat();
+  logits.length = 0;
+  await engine.forwardTokensAndSample(prompt, true);
+  for (const id of rest) await engine.forwardTokensAndSample([id], false);
+  return logits;
+};
+window.chat = async (messages, options) => {
+  logits.length = 0;
+  ids = [];
+  const answer = await engine.chat.completions.create({ messages, ...options });
+  return { ids, text: answer.choices[0].message.content, usage: answer.usage };
+};
+window.ready = true;
+</script>"""
+NEAR_TIE = 0.02
+"""Logits that two orders of summation may differ by."""
+
+
+@pytest.fixture(scope="module")
+def folder(page_built: None, writing_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as an MLC folder, with a library for this machine and one for browsers."""
+    if shutil.which("emcc") is None:
+        pytest.skip("emcc is not installed (apt-get install emscripten)")
+    output = tmp_path_factory.mktemp("webllm") / f"{NAME}-q4f32_1-MLC"
+    libraries = ["x86_64-cpu", "wasm32-webgpu"]
+    return export_mlc(writing_model_dir, output, NAME, "q4f32_1", libraries=libraries)
+
+
+@pytest.fixture(scope="module")
+def tab(playwright_here: Any, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A page of Chromium in which WebLLM has loaded the folder."""
+    site = tmp_path_factory.mktemp("site")
+    (site / folder.name).symlink_to(folder)
+    (site / "web-llm.js").symlink_to(WEBLLM)
+    (library,) = folder.glob("libs/*.wasm")
+    page_text = PAGE.replace("FOLDER", folder.name).replace("LIBRARY", library.name)
+    (site / "index.html").write_text(page_text)
+    server = Server(site)
+    browser = playwright_here.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
+    page = browser.new_page()
+    said: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.goto(server.origin)
+    page.wait_for_function("window.ready === true")
+    try:
+        page.evaluate("load()")
+    except Exception as error:
+        raise AssertionError("\n".join([str(error), *said])) from error
+    yield page
+    browser.close()
+    server.lost()
+
+
+@pytest.fixture(scope="module")
+def runtime(folder: Path) -> Iterator[MlcRuntime]:
+    opened = MlcRuntime(folder)
+    yield opened
+    opened.close()
+
+
+def test_logits_are_those_of_this_machines_library(tab: Any, runtime: MlcRuntime) -> None:
+    """Prefill of a prompt, then one token after the other."""
+    ids = runtime.tokenize(
+        "The import statement binds a name, twice in 1234 cases.\n\n    def f(x): return x"
+    )
+    prompt, rest = ids[:17], ids[17:]
+    found = np.array(tab.evaluate("([prompt, rest]) => forced(prompt, rest)", [prompt, rest]))
+    runtime.reset()
+    expected = runtime.forward(ids)[len(prompt) - 1 :]
+    assert found.shape == (len(rest) + 1, 2048)
+    found = found[:, : expected.shape[1]]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-3 * np.abs(expected).max())
+
+
+def test_webllm_chats_as_the_native_runtime_does(tab: Any, runtime: MlcRuntime) -> None:
+    """Greedy answers to conversations with and without history and system message."""
+    for messages in (
+        [{"role": "user", "content": "What is a list?"}],
+        [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "What is 12 + 30? 😀"},
+            {"role": "assistant", "content": "42"},
+            {"role": "user", "content": "And  a tuple?\n"},
+        ],
+    ):
+        options = {"temperature": 0, "max_tokens": 24}
+        result = tab.evaluate("([messages, options]) => chat(messages, options)", [messages, options])
+        prompt = runtime.chat_ids(messages, add_generation_prompt=True)
+        assert result["usage"]["prompt_tokens"] == len(prompt)
+        answer = result["ids"]
+        assert 0 < len(answer) <= 24
+        runtime.reset()
+        logits = runtime.forward([*prompt, *answer])[len(prompt) - 1 : -1]
+        behind = logits.max(axis=1) - logits[np.arange(len(answer)), answer]
+        assert behind.max() < NEAR_TIE, f"token {behind.argmax()} of the answer is {behind.max()} behind"
+
+
+def test_bias_and_penalties_are_those_of_the_formula(tab: Any, runtime: MlcRuntime) -> None:
+    messages = [{"role": "user", "content": "What is a list?"}]
+    options = {"temperature": 0, "max_tokens": 6, "logit_bias": {"77": 100}, "repetition_penalty": 100}
+    options |= {"frequency_penalty": 0.5, "presence_penalty": 0.25}
+    found = tab.evaluate("([m, o]) => chat(m, o)", [messages, options])["ids"]
+    assert found[0] == 77
+    assert len(set(found)) > 1
+    prompt = runtime.chat_ids(messages, add_generation_prompt=True)
+    runtime.reset()
+    logits = runtime.forward([*prompt, *found])[len(prompt) - 1 : -1]
+    logits[:, 77] += 100
+    for place, (row, token) in enumerate(zip(logits, found, strict=True)):
+        for seen in set(found[:place]):
+            value = row[seen] - 0.25 - 0.5 * found[:place].count(seen)
+            row[seen] = value * 100 if value < 0 else value / 100
+        assert row.max() - row[token] < NEAR_TIE
+
+
+def test_a_seed_samples_the_same_tokens_again(tab: Any) -> None:
+    messages = [{"role": "user", "content": "What is a list?"}]
+    options = {"temperature": 1.5, "top_p": 0.9, "max_tokens": 12, "seed": 3}
+    first, again = (tab.evaluate("([m, o]) => chat(m, o)", [messages, options])["ids"] for _ in range(2))
+    other = tab.evaluate("([m, o]) => chat(m, o)", [messages, {**options, "seed": 4}])["ids"]
+    assert first == again
+    assert first != other
+
+
+def test_answers_can_be_held_to_a_grammar(tab: Any) -> None:
+    """The bitmask's kernel: only what the grammar allows is left."""
+    messages = [{"role": "user", "content": "Yes?"}]
+    form = {"type": "grammar", "grammar": 'root ::= "yes" | "no"'}
+    options = {"temperature": 0, "max_tokens": 20, "response_format": form}
+    assert tab.evaluate("([m, o]) => chat(m, o)", [messages, options])["text"] in ("yes", "no")
+
+
+def test_the_lines_of_the_model_card(tab: Any, folder: Path, tmp_path: Path) -> None:
+    libraries = ["x86_64-cpu", "wasm32-webgpu"]
+    recipe = example_recipe(name="Tiny", export={"mlc": ["q4f32_1"], "mlc_libraries": libraries})
+    artifacts = example_artifacts(Store(tmp_path / "store", report=lambda line: None), recipe)
+    facts = report.collect(recipe, artifacts, example_stage_times(artifacts))
+    (block,) = re.findall(r"```js\n(.*?)```", cards.model_cards(recipe, facts)[folder.name], flags=re.DOTALL)
+    for given, here in (
+        ("@mlc-ai/web-llm", "./web-llm.js"),
+        ("https://example.org", tab.evaluate("location.origin")),
+        ("{ messages:", "{ max_tokens: 4, messages:"),
+        ("console.log(", "window.told = ("),
+    ):
+        assert given in block
+        block = block.replace(given, here)
+    tab.add_script_tag(type="module", content=block)
+    tab.wait_for_function("window.told")
+    assert tab.evaluate("window.told").strip()
