@@ -264,7 +264,7 @@ def train_student(
         raise UserError(f"distill: {error}") from None
     start_counting_memory()
     started = time.monotonic()
-    train(trainer, work, "distill")
+    train(trainer, work, "distill", report)
     if save_to is not None:
         trainer.save_model(str(save_to))
     return {

@@ -89,7 +89,7 @@ def run(store: Store, recipe: Recipe, teacher: Artifact, student: Artifact, chat
                 *reporting(recipe, STAGE, work, store.root / "logs"),
             ],
         )
-        train(trainer, work, "instruct")
+        train(trainer, work, "instruct", store.report)
         adapted: Any = trainer.model
         rows = [input_ids for input_ids, _ in held_out[:MERGE_ROWS]] if lora is not None else []
         unmerged = [logits_of(adapted, row) for row in rows]

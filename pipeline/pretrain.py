@@ -53,7 +53,7 @@ def run(store: Store, recipe: Recipe, student: Artifact, text: Artifact) -> Arti
                 *reporting(recipe, STAGE, work, store.root / "logs"),
             ],
         )
-        train(trainer, work, "pretrain")
+        train(trainer, work, "pretrain", store.report)
         model.requires_grad_(True)
         save_model(model, tokenizer, output / "model", generation_config)
         write_json(output / "curve.json", curve_of(trainer.state.log_history))

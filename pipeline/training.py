@@ -15,7 +15,7 @@ from pipeline.memory import forget_peak, freed_memory_kept, memory
 from pipeline.models import throttled
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe, Training
-from taid import TaidError, last_complete_checkpoint
+from taid import CheckpointDigests, TaidError, last_complete_checkpoint
 
 
 def training_values(section: Training, work: Path, seed: int, run_name: str) -> dict[str, Any]:
@@ -120,8 +120,14 @@ class ProgressLines(TrainerCallback):
         )
 
 
-def train(trainer: Any, work: Path, section: str) -> float:
+def train(trainer: Any, work: Path, section: str, report: Callable[[str], None]) -> float:
     """Trains to the end, from the last complete checkpoint when there is one.
+
+    Args:
+        trainer: a ``transformers.Trainer``.
+        work: folder of its checkpoints.
+        section: the recipe's, for sentences.
+        report: receives a line for a damaged checkpoint.
 
     Returns:
         Seconds of this process's training.
@@ -131,7 +137,8 @@ def train(trainer: Any, work: Path, section: str) -> float:
     """
     trainer.remove_callback(PrinterCallback)
     started = time.monotonic()
-    checkpoint = last_complete_checkpoint(work)
+    trainer.add_callback(CheckpointDigests())
+    checkpoint = last_complete_checkpoint(work, report)
     try:
         with freed_memory_kept():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

@@ -1,5 +1,6 @@
 """TAID: Temporally Adaptive Interpolated Distillation (Shing et al., ICLR 2025, arXiv 2501.16937)."""
 
+from taid.checkpoints import CheckpointDigests, last_complete_checkpoint
 from taid.errors import TaidError
 from taid.fused import (
     HeadOptions,
@@ -53,7 +54,6 @@ from taid.trainer import (
     DistillationTrainer,
     TokenBlockDataset,
     evaluate_distillation,
-    last_complete_checkpoint,
 )
 from taid.vocabulary import shared_vocabulary_size
 
@@ -62,6 +62,7 @@ __all__ = [
     "SAMPLED_OBJECTIVES",
     "AdaptiveInterpolation",
     "CachedTeacher",
+    "CheckpointDigests",
     "DistillationTrainer",
     "HeadOptions",
     "LiveTeacher",

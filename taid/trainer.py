@@ -13,12 +13,10 @@ A training example is a dictionary:
 The hidden state of position i predicts token i + 1.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -692,24 +690,3 @@ def evaluate_distillation(
     means = {name: total / count for name, total in sums.items()}
     means["tokens"] = count
     return means
-
-
-def last_complete_checkpoint(folder: Path | str) -> Path | None:
-    """The newest checkpoint that was written to its end, or None.
-
-    A process killed while it saves leaves a folder that cannot be resumed from; the Trainer writes
-    ``trainer_state.json`` last, so a checkpoint is complete when that file reads.
-    """
-    found = []
-    for path in Path(folder).glob("checkpoint-*"):
-        number = path.name.removeprefix("checkpoint-")
-        if number.isdigit():
-            found.append((int(number), path))
-    for step, path in sorted(found, reverse=True):
-        try:
-            state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if state.get("global_step") == step and math.isfinite(state.get("max_steps", math.nan)):
-            return path
-    return None
