@@ -18,7 +18,7 @@ import numpy as np
 from export.llama_cpp_runtime import LlamaCppRuntime
 from export.runtime import Runtime, sample
 from export.torch_runtime import TorchRuntime
-from pipeline.artifacts import Artifact, Store, write_json
+from pipeline.artifacts import OWN_DIGEST, Artifact, Store, is_as_written, with_own_digest, write_json
 from pipeline.chat_template import render_with_mask
 from pipeline.errors import UserError
 from pipeline.models import load_tokenizer, throttled
@@ -29,6 +29,8 @@ from pipeline.teacher import packaged_gguf
 
 STAGE = "chats"
 VERSION = 3
+ANSWER_KEYS = ("prompt", "answer")
+"""Of a line of the teacher's answers."""
 TEMPERATURE = 0.3
 TOP_P = 0.9
 REPEATED_WORDS = 5
@@ -161,19 +163,21 @@ def _answered(
 ) -> Generator[tuple[str, str], None, None]:
     """Each prompt and the teacher's answer, in the order of the prompts; no answer is an empty one.
 
-    Answers are appended to a file in ``work`` and not asked for again after a kill. Each prompt has its own
-    seed, so an answer does not depend on those before it.
+    Answers are appended to a file in ``work`` and not asked for again after a kill. Each line has its own
+    SHA-256, and one that a kill or a crash damaged is passed over. Each prompt has its own seed, so an answer
+    does not depend on those before it.
     """
     section = recipe.data.chats
     path = work / "answers.jsonl"
     answers: dict[str, str] = {}
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 entry = json.loads(line)
-            except ValueError:  # the line that a kill cut short
+            except ValueError:
                 continue
-            answers[entry["prompt"]] = entry["answer"]
+            if isinstance(entry, dict) and OWN_DIGEST in entry and is_as_written(entry, ANSWER_KEYS):
+                answers[entry["prompt"]] = entry["answer"]
     runtimes = _open_teachers(recipe, teacher)
     free: SimpleQueue[Runtime] = SimpleQueue()
     for runtime in runtimes:
@@ -204,7 +208,8 @@ def _answered(
                 number, prompt, future = pending.popleft()
                 if future is not None:
                     answers[prompt], count = future.result()
-                    file.write(json.dumps({"prompt": prompt, "answer": answers[prompt]}) + "\n")
+                    kept = with_own_digest({"prompt": prompt, "answer": answers[prompt]})
+                    file.write(json.dumps(kept) + "\n")
                     file.flush()
                     asked, tokens = asked + 1, tokens + count
                     elapsed = time.monotonic() - started
