@@ -88,7 +88,9 @@ def ship(
         plans = [check_recipe_file(path) for path in paths]
         with quiet_prefect(store), progress_shown(plans, paths, store, release, quiet) as live:
             from flows.distill_and_ship import distill_and_ship
+            from flows.prefect_database import put_damaged_aside
 
+            put_damaged_aside(store)
             several = [str(path) for path in paths] if len(paths) > 1 else None
             result = distill_and_ship(str(paths[0]), str(store), str(release), several)
     if as_json:

@@ -1,22 +1,25 @@
 """Any file of a release or of a store with a bit flipped, cut short or removed: it is named, the next run
 makes it anew, and no release holds it.
 
-Small example artifacts: the quick tests harm each of their files in one way, the slow ones in every way.
-MARTLET_DAMAGE_SEED draws other places.
+The quick tests harm every file of small example artifacts in one way, the slow ones in every way, and what
+real runs hold. MARTLET_DAMAGE_SEED draws other places.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import random
+import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from release_artifacts import example_artifacts, example_recipe, example_stage_times
-from shipping import finished_artifacts
+from shipping import Run, finished_artifacts, what_it_is
 
+from flows.prefect_database import put_damaged_aside
 from pipeline import release as release_stage
 from pipeline import web
 from pipeline.artifacts import Artifact, Store, damage, is_as_written, read_manifest
@@ -225,3 +228,99 @@ def test_what_a_release_needs_is_not_pruned_when_its_record_is_damaged(example: 
     example.ship()
     assert record.read_bytes() == sound
     assert prunable(example.store.root, keep_bytes=0) == []
+
+
+def empty(path: Path, chance: random.Random) -> None:
+    path.write_bytes(b"")
+
+
+def scribble(path: Path, chance: random.Random) -> None:
+    """Overwrites a quarter of a database, its header aside."""
+    data = bytearray(path.read_bytes())
+    for place in range(len(data) // 2, len(data) * 3 // 4):
+        data[place] = chance.randrange(256)
+    path.write_bytes(data)
+
+
+def behead(path: Path, chance: random.Random) -> None:
+    path.write_bytes(b"\0" * 100 + path.read_bytes()[100:])
+
+
+def halve(path: Path, chance: random.Random) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+DATABASE_HARMS = {scribble: True, behead: True, halve: True, empty: False, remove: False}
+"""Whether there is anything to name: an empty file is a new database to SQLite."""
+
+
+@pytest.mark.parametrize("harm", DATABASE_HARMS)
+def test_a_damaged_database_is_put_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: Any) -> None:
+    file = tmp_path / "prefect" / "prefect.db"
+    file.parent.mkdir()
+    with contextlib.closing(sqlite3.connect(file)) as database:
+        database.execute("CREATE TABLE runs (name TEXT)")
+        database.executemany("INSERT INTO runs VALUES (?)", [(f"run {n}" * 20,) for n in range(2000)])
+        database.commit()
+    put_damaged_aside(tmp_path)
+    assert caplog.messages == []
+    harm(file, random.Random(SEED))
+    left = file.read_bytes() if file.exists() else None
+    put_damaged_aside(tmp_path)
+    if DATABASE_HARMS[harm]:
+        (aside,) = (tmp_path / "quarantine").iterdir()
+        assert (aside / "prefect.db").read_bytes() == left
+        assert not file.exists()
+        (line,) = caplog.messages
+        assert line.startswith(f"warning: {file} is damaged (")
+    else:
+        assert caplog.messages == []
+        assert not (tmp_path / "quarantine").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_runs_go_on_with_another_database(
+    tiny_recipe: dict[str, Any], write_recipe: Write, start: Callable[..., Run], tmp_path: Path
+) -> None:
+    """The database of Prefect's own server, in the command that a user starts."""
+    recipe, file = write_recipe(tiny_recipe), tmp_path / "store" / "prefect" / "prefect.db"
+    run = start(recipe)
+    assert run.end() == 0, run.lines
+    for harm, named in DATABASE_HARMS.items():
+        # What the server has not yet taken into the file itself would mend it.
+        for path in file.parent.glob("prefect.db-*"):
+            path.unlink()
+        harm(file, random.Random(SEED))
+        run = start(recipe)
+        assert run.end() == 0, (harm, run.lines)
+        warnings = [line for line in run.lines if "warning: " in line]
+        assert len(warnings) == named, (harm, run.lines)
+        assert all(f"{file} is damaged" in line for line in warnings)
+        assert not any("Traceback" in line for line in run.lines), run.lines
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_damage_while_a_run_goes_on(
+    tiny_recipe: dict[str, Any], write_recipe: Write, start: Callable[..., Run], tmp_path: Path
+) -> None:
+    """An exported file is damaged after it was made and before it is judged: that is no missed gate, and the
+    next run judges the file that it makes anew."""
+    recipe = write_recipe(tiny_recipe)
+    undisturbed = start(recipe, tmp_path / "other-store", tmp_path / "other-release")
+    assert undisturbed.end() == 0, undisturbed.lines
+    run = start(recipe)
+    assert run.wait_for("validate gguf ..."), run.lines
+    (exported,) = (tmp_path / "store" / "export_gguf").glob("*/files/*.gguf")
+    weights = bytearray(exported.read_bytes())
+    for place in range(len(weights) // 2, len(weights), 97):
+        weights[place] ^= 0x55
+    exported.write_bytes(weights)
+    assert run.end() == 2, run.lines
+    assert run.lines[-1].startswith(f"martlet: {exported} is damaged"), run.lines
+    assert not any("Traceback" in line for line in run.lines), run.lines
+    run = start(recipe)
+    assert run.end() == 0, run.lines
+    assert any(f"warning: export_gguf: {exported} is damaged" in line for line in run.lines), run.lines
+    assert what_it_is(tmp_path / "release") == what_it_is(tmp_path / "other-release")
