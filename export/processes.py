@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SHOWN_LINES = 20
+KILLED = (signal.SIGKILL, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,16 @@ class Finished:
 
     def reason(self) -> str:
         """Why it failed, as part of a sentence: its last line. What a failed assertion says comes first, and
-        a trace of the stack follows, so of a process that a signal ended it is the first."""
+        a trace of the stack follows, so of a process that a signal ended it is the first. What it said last
+        is not why, if it was killed."""
         lines = [line.strip() for line in self.output.splitlines() if line.strip()]
         if self.returncode < 0:
             name = signal.Signals(-self.returncode).name
+            if -self.returncode in KILLED:
+                return (
+                    f"the process was ended by {name}, from outside or by the kernel where memory is short; "
+                    "start the same command again"
+                )
             said = lines[0].rstrip(".") if lines else "it said nothing"
             return f"the process was ended by {name}: {said}"
         if not lines:
