@@ -1,6 +1,6 @@
 # make ship    set up .venv and run the default recipe to release/ (RECIPE=recipes/other.yaml for another)
 # make test    set up .venv and run all tests
-# make test-slow    the tests that take minutes: kills, damage, lack of memory, fuzzing, 64-bit ARM
+# make test-slow    the tests that take minutes: kills, damage, full disks, fuzzing, 64-bit ARM
 # make bench   set up .venv and run the benchmarks to benchmark-results/ (half an hour)
 # make check   format, lint, types, import rules
 # make page    build the web page that goes into every release (part of setting up)

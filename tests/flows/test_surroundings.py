@@ -1,8 +1,9 @@
-"""What a run's surroundings do to it: no memory, a clock that jumps, a store that was moved,
+"""What a run's surroundings do to it: a full disk, no memory, a clock that jumps, a store that was moved,
 inputs and places that cannot be written."""
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from shipping import (
     what_it_is,
 )
 
+from flows import distill_and_ship
 from pipeline import cgroups
 from pipeline import release as release_stage
 from pipeline.artifacts import Store
@@ -33,6 +35,8 @@ from pipeline.errors import UserError
 Call = Callable[..., tuple[int, str, str]]
 Write = Callable[[dict[str, Any]], Path]
 DISK = 256 << 20
+MADE_WITHIN = {"distill_initial": "distill", "reference_logits": "fidelity_gguf"}
+"""Artifacts that are made while another is, whose name the sentence says."""
 
 
 @pytest.fixture
@@ -97,6 +101,103 @@ def test_places_and_stores(mount: Callable[..., Path], tmp_path: Path) -> None:
     assert ship(moved, tmp_path / "other") == []
     assert what_it_is(tmp_path / "other") == what_it_is(tmp_path / "release")
     assert_store_is_whole(moved)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("left", [0], ids=["nothing left"])
+def test_a_full_disk_at_every_stage(
+    martlet: Call,
+    prefect_server: None,
+    tiny_recipe: dict[str, Any],
+    write_recipe: Write,
+    mount: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    left: int,
+) -> None:
+    """Every stage once meets a disk that is full, or has too little left for what it writes; then there is
+    room again, and it is made. All formats and LoRA, so that every library writes its own files."""
+    tiny_recipe["export"] |= {"mlc": ["q4f32_1"], "onnx": ["fp32", "int4"]}
+    tiny_recipe["pretrain"] = {"tokens": 64, "checkpoint_every": 1}
+    tiny_recipe["instruct"] |= {"lora": {"rank": 2, "alpha": 4}, "checkpoint_every": 1}
+    recipe = write_recipe(tiny_recipe)
+    whole = tmp_path / "whole"
+    # One at a time, so that it is known whose turn it is.
+    monkeypatch.setattr(distill_and_ship, "fits_beside", lambda instruct: False)
+    code, _, err = martlet("ship", recipe, "--store", whole, "--release", tmp_path / "release")
+    assert code == 0, err
+    made = finished_artifacts(whole)
+    in_order = sorted(made, key=lambda name: made[name][1])
+    disk = mount("disk")
+    store, release = disk / "store", disk / "release"
+    struck = []
+    for count in range(len(in_order) + 1):
+        there = set(in_order[:count])
+        for name in set(finished_artifacts(store)) - there:
+            shutil.rmtree(store / name)
+        for name in there - set(finished_artifacts(store)):
+            shutil.copytree(whole / name, store / name)
+        fill(disk / "ballast", left)
+        code, out, err = martlet("ship", recipe, "--store", store, "--release", release, "--json")
+        (disk / "ballast").unlink()
+        assert code == 2, err
+        sentence = the_sentence(err)
+        found = re.search(
+            r"no space is left on the disk (?:while (\w+) wrote its result|for the release)", sentence
+        )
+        assert found, err
+        struck.append(found[1] or "release")
+        assert out == ""
+        assert sorted(path.name for path in disk.iterdir()) == ["store"], "something of the release stayed"
+        assert there <= set(finished_artifacts(store)), "something complete was lost"
+        if there:
+            assert_store_is_whole(store)
+    print(f"{left} bytes left: {len(struck)} runs ended with the sentence, in {sorted(set(struck))}")
+    if not left:
+        turn = [*(name.split("/")[0] for name in in_order), "release"]
+        assert struck == [MADE_WITHIN.get(stage, stage) for stage in turn]
+    code, _, err = martlet("ship", recipe, "--store", store, "--release", release)
+    assert code == 0, err
+    assert what_it_is(release) == what_it_is(tmp_path / "release")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_disk_that_fills_up_under_the_whole_command(
+    tiny_recipe: dict[str, Any],
+    write_recipe: Write,
+    start: Callable[..., Run],
+    mount: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """As above, once in training, in the process that a user starts: Prefect's database is on that disk,
+    too."""
+    recipe = write_recipe(tiny_recipe)
+    disk = mount("disk")
+    run = start(recipe, disk / "store", disk / "release")
+    assert run.wait_for("distill ..."), run.lines
+    fill(disk / "ballast", 0)
+    children = descendants(run)
+    assert run.end() == 2, run.lines
+    assert_gone_within(children, 20)
+    assert not any("Traceback" in line for line in run.lines), run.lines
+    assert "no space is left" in run.lines[-1] or "lack of memory or disk space" in run.lines[-1], run.lines
+    (disk / "ballast").unlink()
+    run = start(recipe, disk / "store", disk / "release")
+    assert run.end() == 0, run.lines
+    assert_store_is_whole(disk / "store")
+
+
+def fill(ballast: Path, left: int) -> None:
+    """Makes a file that leaves so many bytes free."""
+    size = 0
+    with ballast.open("wb") as file:
+        while (more := shutil.disk_usage(ballast.parent).free - left) > 0:
+            # A run that writes beside this may be quicker.
+            with contextlib.suppress(OSError):
+                os.posix_fallocate(file.fileno(), size, more)
+                size += more
 
 
 @contextlib.contextmanager
