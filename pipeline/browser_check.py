@@ -258,8 +258,8 @@ def ask(tab: Any, model: dict[str, Any]) -> dict[str, Any]:
         " turn.querySelector('.text').textContent.length > length }",
         arg=LONG_ENOUGH,
     )
-    if tab.is_visible("#stop"):
-        tab.tap("#stop")
+    # Not by tapping Stop: the button goes when the answer ends by itself, and a tap would wait for it.
+    tab.keyboard.press("Escape")
     tab.wait_for_selector(".assistant[aria-busy=false], #log .problem")
     if tab.locator("#log .problem").count():
         said = tab.locator("#log .problem").first.inner_text()
