@@ -67,9 +67,12 @@ def run(release: Path, *, browser: str, wanted: str | None, say: Callable[[str],
     root = Path(release).resolve()
     listed = phone.released_files(root)
     offered = json.loads((root / web.FOLDER / "models.json").read_text(encoding="utf-8"))["models"]
-    places = [place for place, model in enumerate(offered) if (wanted or "").lower() in model["file"].lower()]
+    # This browser has no WebGPU; one in software would tell nothing of a phone's.
+    known = [place for place, model in enumerate(offered) if model["format"] != "mlc"]
+    places = [place for place in known if (wanted or "").lower() in offered[place]["file"].lower()]
     if not places:
-        raise UserError(f"--file: {wanted!r} fits none of {', '.join(model['file'] for model in offered)}.")
+        names = ", ".join(offered[place]["file"] for place in known)
+        raise UserError(f"--file: {wanted!r} fits none of {names}.")
     executable = shutil.which(browser)
     if executable is None:
         raise UserError(

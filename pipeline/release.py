@@ -118,7 +118,7 @@ def run(
                     (folder / f"{recipe.name}-Instruct-GGUF" / MODELFILE).write_text(text, encoding="utf-8")
                 listings = {
                     format: json.loads((artifacts[format].path / "files.json").read_text(encoding="utf-8"))
-                    for format in ("gguf", "onnx")
+                    for format in ("gguf", "mlc", "onnx")
                     if format in artifacts
                 }
                 if not web.lay_out(folder, f"{recipe.name}-Instruct", listings):

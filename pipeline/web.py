@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from export.quantizations import WEBGPU
 from pipeline.artifacts import sha256_of_file, sha256_of_json, write_json
 
 FOLDER = "web"
@@ -16,6 +17,8 @@ SCHEMA = "martlet-web-1"
 BUILT = Path(__file__).parents[1] / "web" / "dist"
 ONNX_DTYPES = {"model.onnx": "fp32", "model_quantized.onnx": "q8", "model_q4.onnx": "q4"}
 """What transformers.js calls each graph of an ONNX folder."""
+MLC_FILES = ("mlc-chat-config.json", "tensor-cache.json", "params_shard_*.bin", "tokenizer.json")
+"""What WebLLM reads of an MLC folder, beside the library."""
 ONNX_SHARED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 LARGEST_FILE = 2**31 - 1
 """What a browser holds in one buffer; larger files are not offered."""
@@ -40,7 +43,7 @@ def lay_out(release: Path, name: str, listings: Mapping[str, list[dict[str, Any]
     Args:
         release: the folder; the page becomes ``release/web``.
         name: shown as the page's title.
-        listings: ``files.json`` of the exports by format (``gguf``, ``onnx``).
+        listings: ``files.json`` of the exports by format (``gguf``, ``mlc``, ``onnx``).
 
     Returns:
         False, and nothing is written, where the page was not built.
@@ -56,7 +59,7 @@ def lay_out(release: Path, name: str, listings: Mapping[str, list[dict[str, Any]
 def models(release: Path, name: str, listings: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """``models.json``: ``{schema, name, default, models: [{id, format, quantization, file, folder, dtype,
     bytes, files: [{path, bytes, sha256}]}]}``, paths from the release's root, smallest first in each format;
-    ``default`` is the id of the first one."""
+    ``default`` is the id of the first one that every browser can run."""
 
     def entry(path: Path) -> dict[str, Any]:
         return {
@@ -65,34 +68,40 @@ def models(release: Path, name: str, listings: Mapping[str, list[dict[str, Any]]
             "sha256": sha256_of_file(path),
         }
 
-    found: list[tuple[dict[str, Any], Path, str | None, list[dict[str, Any]]]] = []
+    found: list[tuple[dict[str, Any], Path, Path, str | None, list[dict[str, Any]]]] = []
     for listed in listings.get("gguf", []):
         path = next(release.glob(f"*-GGUF/{Path(listed['path']).name}"))
-        found.append((listed, path, None, [entry(path)]))
+        found.append((listed, path, path.parent, None, [entry(path)]))
+    for listed in listings.get("mlc", []):
+        folder = next(release.glob(f"*-{listed['quantization']}-MLC"))
+        for library in folder.glob(f"libs/*-{WEBGPU}.wasm"):
+            read = [library, *(path for name in MLC_FILES for path in sorted(folder.glob(name)))]
+            found.append((listed, library, folder, None, [entry(path) for path in read]))
     for listed in listings.get("onnx", []):
         path = next(release.glob(f"*-ONNX/onnx/{Path(listed['path']).name}"))
         shared = [path.parents[1] / file for file in ONNX_SHARED]
         graphs = [path, *path.parent.glob(f"{path.name}_data*")]
         files = [entry(file) for file in (*shared, *graphs) if file.is_file()]
-        found.append((listed, path, ONNX_DTYPES[path.name], files))
+        found.append((listed, path, path.parents[1], ONNX_DTYPES[path.name], files))
     offered = [
         {
             "id": f"{listed['format']}-{listed['quantization']}",
             "format": listed["format"],
             "quantization": listed["quantization"],
             "file": path.name,
-            "folder": path.parents[0 if dtype is None else 1].name,
+            "folder": folder.name,
             "dtype": dtype,
             "bytes": sum(file["bytes"] for file in files),
             "files": files,
         }
-        for listed, path, dtype, files in found
+        for listed, path, folder, dtype, files in found
         if all(file["bytes"] <= LARGEST_FILE for file in files)
     ]
     offered.sort(key=lambda model: (model["format"], model["bytes"]))
+    anywhere = [model for model in offered if model["format"] != "mlc"]
     return {
         "schema": SCHEMA,
         "name": name,
-        "default": offered[0]["id"] if offered else None,
+        "default": anywhere[0]["id"] if anywhere else None,
         "models": offered,
     }

@@ -11,12 +11,14 @@ const root = path.dirname(fileURLToPath(import.meta.url));
 const modules = path.join(root, "node_modules");
 const output = path.join(root, ".dist-being-made");
 
+const packageOf = async (name) => JSON.parse(await readFile(path.join(modules, name, "package.json"), "utf8"));
+
 await rm(output, { recursive: true, force: true });
 await mkdir(output);
 
 await build({
   absWorkingDir: root,
-  entryPoints: ["src/app.js", "src/onnx-worker.js"],
+  entryPoints: ["src/app.js", "src/mlc-worker.js", "src/onnx-worker.js"],
   outdir: output,
   bundle: true,
   splitting: true,
@@ -25,6 +27,7 @@ await build({
   minify: true,
   legalComments: "external",
   logLevel: "warning",
+  define: { WEBLLM_VERSION: JSON.stringify((await packageOf("@mlc-ai/web-llm")).version) },
   // The WebGPU build of ONNX Runtime lacks GatherBlockQuantized, which our int4 graphs use; the plain one has it.
   alias: { "onnxruntime-web/webgpu": "onnxruntime-web/wasm" },
 });
@@ -44,10 +47,11 @@ for (const [from, to] of copies) await cp(path.join(root, from), path.join(outpu
 
 // What the page carries, with versions and licences: the licences ask for it and readers should know.
 const carried = ["@wllama/wllama", "@wllama/wllama-compat", "@huggingface/transformers",
-  "@huggingface/tokenizers", "@huggingface/jinja", "onnxruntime-web", "onnxruntime-common"];
+  "@huggingface/tokenizers", "@huggingface/jinja", "onnxruntime-web", "onnxruntime-common",
+  "@mlc-ai/web-llm"];
 const notices = [];
 for (const name of carried) {
-  const { version, license } = JSON.parse(await readFile(path.join(modules, name, "package.json"), "utf8"));
+  const { version, license } = await packageOf(name);
   const files = (await readdir(path.join(modules, name))).filter((file) => /^licen[cs]e/i.test(file)).sort();
   const text = files.length ? await readFile(path.join(modules, name, files[0]), "utf8") : "";
   notices.push(`${name} ${version}, ${license ?? "MIT"}\n\n${text.trim()}`.trim());
@@ -60,8 +64,8 @@ for (const file of files) digest.update(file).update("\0").update(await readFile
 // The worker's own text is part of the version: a change of its rules must reach installed pages.
 const worker = await readFile(path.join(root, "src/service-worker.js"), "utf8");
 const version = digest.update(worker).digest("hex").slice(0, 16);
-// The WebAssembly of a runtime is kept when that runtime is first used, not before.
-const shell = files.filter((file) => !/wllama-compat|\.wasm$|licences|LEGAL/.test(file));
+// A runtime's WebAssembly, and WebLLM that has its own inside, is kept when it is first used, not before.
+const shell = files.filter((file) => !/wllama-compat|mlc-worker|\.wasm$|licences|LEGAL/.test(file));
 await writeFile(
   path.join(output, "service-worker.js"),
   `const VERSION = ${JSON.stringify(version)};\nconst SHELL = ${JSON.stringify(shell)};\n${worker}`,

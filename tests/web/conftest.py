@@ -83,14 +83,20 @@ def playwright_here(page_built: None) -> Iterator[Any]:
 
 
 @pytest.fixture
-def phone(playwright_here: Any, tmp_path: Path) -> Iterator[Any]:
+def flags() -> str:
+    """Command line of the phone's browser."""
+    return CHROMIUM_FLAGS
+
+
+@pytest.fixture
+def phone(playwright_here: Any, tmp_path: Path, flags: str) -> Iterator[Any]:
     """A browser context of a phone: touch, small screen, its own profile on disk."""
     descriptor = dict(playwright_here.devices["Pixel 7"])
     descriptor.pop("default_browser_type", None)
     context = playwright_here.chromium.launch_persistent_context(
         tmp_path / "profile",
         executable_path=CHROMIUM,
-        args=CHROMIUM_FLAGS.split(),
+        args=flags.split(),
         headless=True,
         ignore_https_errors=True,
         **descriptor,

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from release_artifacts import example_artifacts, example_recipe, example_stage_times
 from static_server import Server
+from test_page import QUESTIONS, ask, assert_native_agrees, load, open_page
 
 from export.mlc import export_mlc
 from export.mlc_runtime import MlcRuntime
-from pipeline import cards, report
+from pipeline import cards, report, web
 from pipeline.artifacts import Store
 
 pytestmark = pytest.mark.slow
@@ -58,6 +59,12 @@ window.ready = true;
 </script>"""
 NEAR_TIE = 0.02
 """Logits that two orders of summation may differ by."""
+
+
+@pytest.fixture
+def flags() -> str:
+    """Command line of the phone's browser, for the fixture ``phone``."""
+    return FLAGS
 
 
 @pytest.fixture(scope="module")
@@ -192,3 +199,29 @@ def test_the_lines_of_the_model_card(tab: Any, folder: Path, tmp_path: Path) -> 
     tab.add_script_tag(type="module", content=block)
     tab.wait_for_function("window.told")
     assert tab.evaluate("window.told").strip()
+
+
+def test_the_page_chats_with_the_mlc_folder_and_offline(phone: Any, folder: Path, tmp_path: Path) -> None:
+    release = tmp_path / "release"
+    shutil.copytree(folder, release / folder.name)
+    listed = {"path": str(folder), "format": "mlc", "quantization": "q4f32_1"}
+    assert web.lay_out(release, NAME, {"mlc": [listed]})
+    server = Server(release)
+    tab, said, asked = open_page(phone, server.origin)
+    load(tab, "MLC q4f32_1")
+    assert "works offline" in tab.inner_text("#state")
+    turns = [(question, ask(tab, question)) for question in QUESTIONS]
+    assert_native_agrees(folder, turns)
+
+    server.lost()
+    phone.set_offline(True)
+    tab.reload()
+    tab.wait_for_selector("#load:not([disabled])")
+    assert "kept on this device" in tab.locator("label.model", has_text="MLC").inner_text()
+    load(tab, "MLC q4f32_1")
+    again = ask(tab, QUESTIONS[0])
+    shared = min(len(again["tokenIds"]), len(turns[0][1]["tokenIds"]))
+    assert again["tokenIds"][:shared] == turns[0][1]["tokenIds"][:shared]
+    assert [url for url in asked if not url.startswith((server.origin, "blob:", "data:"))] == []
+    expected = "ERR_INTERNET_DISCONNECTED|ERR_CONNECTION|^log: Falling back to maxCompute"
+    assert [line for line in said if not re.search(expected, line)] == []

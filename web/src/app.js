@@ -3,9 +3,11 @@
 import { describeDevice, memoryBytes } from "./device.js";
 import { GgufEngine } from "./gguf-engine.js";
 import { isKept, readModels } from "./files.js";
+import { MlcEngine } from "./mlc-engine.js";
 import { OnnxEngine } from "./onnx-engine.js";
 
-const ENGINES = { gguf: GgufEngine, onnx: OnnxEngine };
+const ENGINES = { gguf: GgufEngine, mlc: MlcEngine, onnx: OnnxEngine };
+const RUNTIMES = { gguf: "llama.cpp in WebAssembly", mlc: "WebLLM on WebGPU", onnx: "transformers.js" };
 const IDEAS = ["What is a swallow?", "Name three colours.", "Tell me a short story."];
 const LONGEST_ANSWER = 512;
 const CHECK_TOKENS = 32;
@@ -26,6 +28,7 @@ const forPhone = parameters.has("phone");
 const recording = parameters.has("record");
 
 let release;
+let webgpu = false;
 let engine = null;
 let current = null;
 let messages = [];
@@ -49,6 +52,7 @@ async function start() {
   await takeServiceWorker();
   try {
     release = await readModels();
+    webgpu = release.models.some((model) => model.format === "mlc") && (await MlcEngine.possible());
   } catch (error) {
     say("Nothing to load");
     complain(error);
@@ -113,17 +117,18 @@ async function showModels() {
   for (const [place, model] of release.models.entries()) {
     const label = document.createElement("label");
     label.className = "model";
+    const possible = webgpu || model.format !== "mlc";
     const radio = Object.assign(document.createElement("input"), {
-      type: "radio", name: "model", value: String(place), checked: place === Math.max(wanted, 0),
+      type: "radio", name: "model", value: String(place), checked: place === Math.max(wanted, 0), disabled: !possible,
     });
     const title = document.createElement("b");
-    title.textContent = `${model.format === "gguf" ? "GGUF" : "ONNX"} ${model.quantization}`;
+    title.textContent = `${model.format.toUpperCase()} ${model.quantization}`;
     const bytes = document.createElement("span");
     bytes.className = "size";
     bytes.textContent = size(model.bytes);
     const runtime = document.createElement("small");
     const kept = await isKept(model.files);
-    runtime.textContent = (model.format === "gguf" ? "llama.cpp in WebAssembly" : "transformers.js") + (kept ? " · kept on this device" : "");
+    runtime.textContent = RUNTIMES[model.format] + (possible ? "" : ", which this browser lacks") + (kept ? " · kept on this device" : "");
     label.append(radio, title, bytes, runtime);
     at("models").append(label);
   }
@@ -143,6 +148,7 @@ async function load(event) {
     await engine?.close();
     engine = null;
     engine = await ENGINES[model.format].open(model, {
+      record: recording,
       onProgress(done, total) {
         at("progress").value = done / total;
         // Not more often than eyes follow; the last one always.
