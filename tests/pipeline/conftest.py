@@ -51,10 +51,11 @@ def make_recipe(tiny_model_dir: Path) -> Callable[..., Recipe]:
     return make
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def without_page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Releases of these tests have no web page, whether it was built here or not: it is 40 MB to copy and to
-    hash. tests/web has it, and test_phone.py a small one."""
+    hash. tests/web has it, and test_phone.py a small one. Not for the whole session, of which tests/web is a
+    part."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(web, "BUILT", tmp_path_factory.mktemp("no-page"))
         yield

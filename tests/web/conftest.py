@@ -25,6 +25,8 @@ NAME = "Tiny-Instruct"
 @pytest.fixture(scope="session")
 def page_built() -> None:
     if web.built_page() is None:
+        # Where it can be built, a skip would hide that it was not, or that it is not seen.
+        assert shutil.which("npm") is None, f"{web.BUILT} is not built; run make page"
         pytest.skip("web/dist is not built (needs Node.js 18 or later: make page)")
     if not CHROMIUM.exists():
         pytest.skip(f"{CHROMIUM} is not installed (apt-get install chromium)")

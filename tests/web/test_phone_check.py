@@ -95,7 +95,9 @@ def test_the_page_is_driven_here_and_its_screenshot_is_in_the_report(
         assert check["asked_elsewhere"] == []
         assert check["native"]["agrees"], (name, check["native"])
         assert check["native"]["tokens"] == len(check["token_ids"]) >= 4
-        assert check["native"]["same_top"] >= check["native"]["tokens"] - 2
+        # Near ties of a random model: the longer the answer, the more of them.
+        allowed = max(2, check["native"]["tokens"] // 20)
+        assert check["native"]["same_top"] >= check["native"]["tokens"] - allowed
     # The screen is a phone's, the machine is not, and the table says so.
     for entry in facts["phones"]:
         assert "with a phone's screen, on this computer" in entry["device"]["model"]
