@@ -3,7 +3,6 @@
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -12,16 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_prefect_deployment import ROOT, running, wait_for
+from test_prefect_deployment import ROOT, client_environment, free_port, running, wait_for
 
 PREFECT = [sys.executable, "-m", "prefect"]
 PASSWORD = "only-for-this-test"
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 @pytest.fixture
@@ -79,16 +72,7 @@ def test_a_run_through_a_server_on_postgresql(
     database, ask = postgresql
     port = free_port()
     url = f"postgresql+asyncpg://prefect:{PASSWORD}@127.0.0.1:{database}/prefect"
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")},
-        "PREFECT_HOME": str(tmp_path / "prefect"),
-        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PYTHONPATH": str(ROOT),
-        "DO_NOT_TRACK": "1",
-        "NO_COLOR": "1",
-        "COLUMNS": "200",
-    }
+    environment = client_environment(tmp_path / "prefect", port) | {"PYTHONPATH": str(ROOT)}
 
     def prefect(*arguments: str) -> str:
         command = [*PREFECT, *arguments]

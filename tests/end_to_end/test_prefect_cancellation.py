@@ -1,8 +1,6 @@
 """A run that is cancelled through Prefect's server: its child processes end, and the next run goes on."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
-from test_prefect_deployment import ROOT, running, wait_for
+from test_prefect_deployment import ROOT, client_environment, free_port, running, wait_for
 
 PREFECT = [sys.executable, "-m", "prefect"]
 DEPLOYMENT = "distill-and-ship/local"
@@ -33,19 +31,8 @@ def wait_until(what: Callable[[], Any], seconds: float, log: Path) -> Any:
 def test_cancelling_ends_child_processes_and_loses_nothing(
     tiny_recipe: dict[str, Any], write_recipe: Callable[[dict[str, Any]], Path], tmp_path: Path
 ) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")},
-        "PREFECT_HOME": str(tmp_path / "prefect"),
-        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PYTHONPATH": str(ROOT),
-        "DO_NOT_TRACK": "1",
-        "NO_COLOR": "1",
-        "COLUMNS": "200",
-    }
+    port = free_port()
+    environment = client_environment(tmp_path / "prefect", port) | {"PYTHONPATH": str(ROOT)}
 
     def prefect(*arguments: str) -> str:
         command = [*PREFECT, *arguments]

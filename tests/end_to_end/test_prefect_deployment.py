@@ -20,6 +20,25 @@ PREFECT = Path(sys.executable).with_name("prefect")
 LITERAL_COMMAND = ["deployment", "run", "distill-and-ship"]
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def client_environment(home: Path, port: int) -> dict[str, str]:
+    """Of Prefect's commands against a server of the test's own on this machine."""
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")},
+        "PREFECT_HOME": str(home),
+        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "NO_COLOR": "1",
+        "COLUMNS": "200",
+    }
+
+
 @contextlib.contextmanager
 def running(command: list[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process in its own group, ended with everything that it started."""
@@ -57,18 +76,8 @@ def wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
 @pytest.mark.end_to_end
 @pytest.mark.timeout(1800)
 def test_the_literal_command_ships_a_release(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")},
-        "PREFECT_HOME": str(tmp_path / "prefect"),
-        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "DO_NOT_TRACK": "1",
-        "NO_COLOR": "1",
-        "COLUMNS": "200",
-    }
+    port = free_port()
+    environment = client_environment(tmp_path / "prefect", port)
     # The same environment with the interpreter's folder first, as an activated one has it.
     environment["PATH"] = f"{PREFECT.parent}{os.pathsep}{environment.get('PATH', '')}"
 
