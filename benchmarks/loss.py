@@ -210,10 +210,15 @@ def chart(rows: list[dict[str, Any]]) -> Any:
         panels = []
         for field, title in (("cpu_seconds", "seconds of CPU"), ("MB", "peak memory, MB")):
             panels.append(
-                altair.Chart(altair.Data(values=points), width=210, height=160)
+                altair.Chart(altair.Data(values=points), width=240, height=160)
                 .mark_line(point=True)
                 .encode(
-                    x=altair.X("value:Q", title=axis, scale=altair.Scale(type="log", base=2)),
+                    x=altair.X(
+                        "value:Q",
+                        title=axis,
+                        scale=altair.Scale(type="log", base=2),
+                        axis=altair.Axis(values=sorted({point["value"] for point in points})),
+                    ),
                     y=altair.Y(f"{field}:Q", title=title, scale=altair.Scale(type="log", base=10)),
                     color=altair.Color("variant:N", title=None, sort=[FULL, TRL, OURS]),
                 )
