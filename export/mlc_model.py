@@ -10,6 +10,7 @@ slowest part of building a module, and all layers call the same ones.
 """
 
 import json
+import tarfile
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any
 import tvm
 from tvm import ir, relax, tirx
 from tvm.script import tirx as T
+
+from export.mlc_shapes import shapes_in_order
 
 GROUP = 32
 """Weights that share a scale."""
@@ -73,7 +76,17 @@ def compile_library(
         architecture, {**metadata, "target": " ".join(map(str, TARGETS[target].values()))}, described
     )
     executable = relax.build(module, target=described, relax_pipeline=_pipeline(described))
-    executable.export_library(str(path))
+    executable.export_library(str(path), fcompile=_archive if path.suffix == ".tar" else None)
+
+
+def _archive(output: str, objects: list[str], **_: Any) -> None:
+    """Like TVM's own archive, but without times and owners, so that the same model gives the same bytes."""
+    with tarfile.open(output, "w") as archive:
+        for file in sorted(map(Path, objects)):
+            member = tarfile.TarInfo(file.name)
+            member.size = file.stat().st_size
+            with file.open("rb") as data:
+                archive.addfile(member, data)
 
 
 def parameter_names(architecture: Architecture) -> list[str]:
@@ -87,7 +100,9 @@ def _pipeline(target: Any) -> Any:
     from tvm.relax.backend.cpu_generic.pipeline import dataflow_lower_passes, finalize_passes
 
     legalize = [relax.backend.DispatchSortScan(), relax.transform.LegalizeOps()]
-    return tvm.ir.transform.Sequential([*legalize, *dataflow_lower_passes(target), *finalize_passes(target)])
+    return tvm.ir.transform.Sequential(
+        [*legalize, *dataflow_lower_passes(target), *finalize_passes(target), shapes_in_order]
+    )
 
 
 def parameters_of(a: Architecture) -> list[tuple[str, tuple[int, ...], str]]:

@@ -16,6 +16,7 @@ from tvm.script import tirx as T
 
 from export import emscripten, mlc_engine
 from export import mlc_model as kernels
+from export.mlc_shapes import shapes_in_order
 
 TARGET = {"kind": "webgpu", "max_num_threads": 256}
 HOST = {"kind": "llvm", "mtriple": "wasm32-unknown-unknown-wasm"}
@@ -62,6 +63,7 @@ def _pipeline(described: tvm.target.Target) -> Any:
         tirx.transform.ForceNarrowIndexToInt32(),
         *dataflow_lower_passes(described),
         *finalize_passes(described),
+        shapes_in_order,
     ]
 
     @tvm.transform.module_pass(opt_level=0)

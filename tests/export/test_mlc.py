@@ -518,6 +518,31 @@ def test_objects_for_arm_hold_the_same_functions(tiny_model_dir: Path, tmp_path:
     assert any("library_bin" in name for name in symbols)
 
 
+def test_the_same_model_gives_the_same_bytes(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """In another process, whose addresses and hashes are others, and at another time."""
+    program = (
+        "import sys; from pathlib import Path; from export.mlc import export_mlc;"
+        "export_mlc(Path(sys.argv[1]), Path(sys.argv[2]), 't', 'q4f32_1', libraries=sys.argv[3:])"
+    )
+    libraries = ["x86_64-cpu", "aarch64-cpu"]
+    export_mlc(tiny_model_dir, tmp_path / "here", "t", "q4f32_1", libraries=libraries)
+    subprocess.run(
+        [sys.executable, "-c", program, tiny_model_dir, tmp_path / "there", *libraries],
+        check=True,
+        env={**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    here, there = (
+        {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in folder.rglob("*")
+            if path.is_file()
+        }
+        for folder in (tmp_path / "here", tmp_path / "there")
+    )
+    assert {"t-q4f32_1-x86_64-cpu.so", "t-q4f32_1-aarch64-cpu.tar"} <= set(here)
+    assert here == there
+
+
 def test_a_library_that_does_not_exist(tiny_model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="no MLC library 'riscv'; choose from x86_64-cpu, aarch64-cpu"):
         export_mlc(tiny_model_dir, tmp_path / "out", "t", "q4f32_1", libraries=["riscv"])
