@@ -1,8 +1,8 @@
 """Any file of a release or of a store with a bit flipped, cut short or removed: it is named, the next run
 makes it anew, and no release holds it.
 
-The quick tests harm every file of small example artifacts in one way, the slow ones in every way, and what
-real runs hold. MARTLET_DAMAGE_SEED draws other places.
+The quick tests harm every file of small example artifacts in one way; the slow ones in every way, and those
+of a real run. MARTLET_DAMAGE_SEED draws other places.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from release_artifacts import example_artifacts, example_recipe, example_stage_times
-from shipping import Run, finished_artifacts, what_it_is
+from shipping import Run, assert_store_is_whole, finished_artifacts, what_it_is
 
 from flows.prefect_database import put_damaged_aside
 from pipeline import release as release_stage
@@ -298,6 +298,91 @@ def test_runs_go_on_with_another_database(
         assert len(warnings) == named, (harm, run.lines)
         assert all(f"{file} is damaged" in line for line in warnings)
         assert not any("Traceback" in line for line in run.lines), run.lines
+
+
+READ_LATER = {"distill_initial": "distill", "reference_logits": "fidelity_gguf"}
+"""Artifacts that a run looks at only when it makes what needs them."""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(5400)
+def test_a_real_run(
+    martlet: Call, prefect_server: None, tiny_recipe: dict[str, Any], write_recipe: Write, tmp_path: Path
+) -> None:
+    """Every file of a real release and of its store harmed in every way is named; every artifact, harmed, is
+    made anew by the same command, and the release stays what it is."""
+    tiny_recipe["export"] |= {"mlc": ["q4f32_1"], "onnx": ["fp32"]}
+    recipe, store, release = write_recipe(tiny_recipe), tmp_path / "store", tmp_path / "release"
+
+    def ship() -> str:
+        code, _, err = martlet("ship", recipe, "--store", store, "--release", release)
+        assert code == 0, err
+        assert "Traceback" not in err
+        return err
+
+    ship()
+    truth = what_it_is(release)
+    chance = random.Random(SEED)
+    shipped = files_of(release)
+    for path in shipped:
+        for harm in HARMS:
+            sound = path.read_bytes()
+            harm(path, chance)
+            for command in ("validate", "verify"):
+                code, _, err = martlet(command, release)
+                assert code in ((1, 2) if path.name == "manifest.json" else (1,)), (command, harm, path)
+                assert err.startswith(f"martlet: {path}: "), (command, harm, path, err)
+            path.write_bytes(sound)
+    assert martlet("verify", release)[0] == 0
+    weights = [path for path in shipped if path.name != "manifest.json"]
+    for path, harm in zip(chance.sample(weights, 6), HARMS * 2, strict=True):
+        harm(path, chance)
+        said = ship()
+        assert harm is remove or f"was changed by hand ({path}: " in said
+        assert what_it_is(release) == truth
+        assert martlet("verify", release)[0] == 0
+
+    every = finished_artifacts(store)
+    held = [path for name in every for path in files_of(store / name)]
+    for path in held:
+        for harm in HARMS:
+            sound = path.read_bytes()
+            harm(path, chance)
+            folder = store / Path(*path.relative_to(store).parts[:2])
+            problem = damage(folder)
+            assert problem is not None, (harm, path)
+            assert problem.startswith(f"{path} is "), (harm, path, problem)
+            path.write_bytes(sound)
+            assert damage(folder) is None
+
+    stages = {name.split("/")[0] for name in every}
+    assert set(READ_LATER) <= stages
+    for number, name in enumerate(sorted(every)):
+        stage = name.split("/")[0]
+        harmed = [name]
+        if stage in READ_LATER:
+            harmed += [other for other in every if other.split("/")[0] == READ_LATER[stage]][:1]
+        before = finished_artifacts(store)
+        places = [chance.choice(files_of(store / each)) for each in harmed]
+        for path in places:
+            HARMS[number % 3](path, chance)
+        said = ship()
+        for path in places:
+            assert f"{path} is " in said, (path, said)
+        assert said.count("put aside in") == len(harmed), said
+        after = finished_artifacts(store)
+        assert set(after) == set(every)
+        assert {each for each in after if after[each] != before[each]} == set(harmed)
+        assert what_it_is(release) == truth, places
+    print(
+        f"seed {SEED}: {len(shipped)} files of the release and {len(held)} of the store, each harmed in "
+        f"{len(HARMS)} ways, are named; {len(every)} artifacts are made anew"
+    )
+    for path in (store / "quarantine").iterdir():
+        path.rename(tmp_path / path.name)
+    (store / "quarantine").rmdir()
+    assert_store_is_whole(store)
+    assert martlet("verify", release)[0] == 0
 
 
 @pytest.mark.slow
