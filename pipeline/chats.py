@@ -215,7 +215,9 @@ def _answered(
                     elapsed = time.monotonic() - started
                     left = max(0, wanted - number - 1) * elapsed / asked
                     rate = f"{tokens / elapsed:.0f} tok/s"
-                    report(Progress("chats: the teacher answers", number + 1, wanted, "prompts", rate, left))
+                    # Prompts that got no answer are made up for with others.
+                    total = max(wanted, number + 1)
+                    report(Progress("chats: the teacher answers", number + 1, total, "prompts", rate, left))
                 yield prompt, answers[prompt]
     finally:
         pool.shutdown(cancel_futures=True)

@@ -20,7 +20,7 @@ from pipeline.hidden_states import SPLITS
 from pipeline.launch import end_with_parent, launch_training, tell
 from pipeline.memory import freed_memory_kept
 from pipeline.models import load_model, load_tokenizer, position_ids, save_model
-from pipeline.recipe import Launch, Recipe
+from pipeline.recipe import WITHOUT_TEMPERATURE, Launch, Recipe
 from pipeline.training import (
     ProgressLines,
     curve_of,
@@ -252,6 +252,9 @@ def train_student(
             teacher=None if objective == "cross_entropy" else train_teacher,
             evaluation_teacher=held_out_teacher,
             objective=objective,
+            objective_arguments=(
+                {} if objective in WITHOUT_TEMPERATURE else {"temperature": section.temperature}
+            ),
             interpolation=interpolation,
             generations=generations,
             processing_class=tokenizer,

@@ -32,6 +32,8 @@ SAMPLED_OBJECTIVES = (
     "jensen_shannon",
     "total_variation",
 )
+WITHOUT_TEMPERATURE = ("cross_entropy", "curriculum_temperature")
+"""Objectives that ``distill.temperature`` says nothing to: one has no teacher, one learns its own."""
 """Objectives that can be learned from ``teacher.cache: sampled``."""
 
 
@@ -172,6 +174,12 @@ class Distill(Training):
     signal: Literal["loss", "divergence"] = Field(
         "loss",
         description="What moves t: the loss, or KL(p_t || student), which is the loss less p_t's entropy.",
+    )
+    temperature: float = Field(
+        1.0,
+        gt=0,
+        description="Divides both models' logits in the loss, which is multiplied by its square; not for "
+        "cross_entropy and curriculum_temperature.",
     )
     generations: Generations | None = Field(
         None, description="Batches that the student writes itself; needs teacher.cache: none."
@@ -389,6 +397,22 @@ class Recipe(Section):
                 f"distill.objective: {self.distill.objective} needs more of the teacher than "
                 f"teacher.cache: sampled keeps; set teacher.cache to hidden or choose from "
                 f"{', '.join(SAMPLED_OBJECTIVES)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def temperature_has_logits(self) -> Self:
+        if self.distill.temperature == 1.0:
+            return self
+        if self.distill.objective in WITHOUT_TEMPERATURE:
+            raise ValueError(
+                f"distill.temperature: {self.distill.objective} takes none; leave it out, or choose another "
+                "distill.objective"
+            )
+        if self.teacher.cache == "sampled":
+            raise ValueError(
+                "distill.temperature: sampled probabilities are those of temperature 1; leave it out, or set "
+                "teacher.cache to hidden"
             )
         return self
 

@@ -6,7 +6,8 @@ projection by each head, one log-softmax of the student's and one softmax of the
 product and the two products of the gradient; nothing else of the vocabulary's size is kept.
 
 Every function equals its namesake in ``taid.objectives`` on
-``softcap(scale * (hidden @ weight.T + bias))``, in value and gradient, also where logits are infinite.
+``softcap(scale * (hidden @ weight.T + bias)) / T``, times T squared, in value and gradient, also where logits
+are infinite.
 
 Common arguments:
 
@@ -15,6 +16,8 @@ Common arguments:
   shared vocabulary beforehand (a slice ``weight[:V]``).
 - ``mask`` ``[N]`` or ``[B, T]``: positions that count; None: all.
 - ``student_head``, ``teacher_head``: ``HeadOptions`` with bias, scale and soft-capping.
+- ``temperature``: T divides the finished logits of both models, and the loss is multiplied by T squared, so
+  that its gradients keep their size (Hinton et al. 2015, arXiv 1503.02531, section 2.1).
 - ``chunk_size``: positions at a time; memory is about ``2 * chunk_size * V * 4`` bytes for ``fused_taid``.
 - ``compiled``: the softmaxes and sums of a chunk through ``torch.compile``, which needs a C++ compiler or a
   GPU: fewer passes over memory, of which a CPU gains nothing (docs/log.md). PyTorch 2.13 cannot compile
@@ -94,14 +97,16 @@ def fused_taid(
     mask: Tensor | None = None,
     student_head: HeadOptions = HeadOptions(),
     teacher_head: HeadOptions = HeadOptions(),
+    temperature: float = 1.0,
     chunk_size: int = CHUNK_SIZE,
     compiled: bool = False,
 ) -> Tensor:
     """``objectives.taid`` in chunks; see the module for the arguments.
 
     Args:
-        target_entropy: a scalar that the sum of p_t's entropy over the positions is added to; the loss less
-            the mean entropy is KL(p_t‖q). None: it is not computed, which saves a pass over the logits.
+        target_entropy: a scalar that the sum of p_t's entropy over the positions, times T squared, is added
+            to; the loss less the mean of that is T² KL(p_t‖q). None: it is not computed, which saves a pass
+            over the logits.
     """
     objectives.check_share("t", t)
     # A number would be compiled in, and each step's t anew.
@@ -115,7 +120,7 @@ def fused_taid(
             return _cross_entropy_with(torch.softmax(target, -1, out=target), student)
         log_target = torch.log_softmax(target, -1, out=target)
         target = log_target.exp()
-        target_entropy.sub_(row_dot(target, log_target).sum())
+        target_entropy.sub_(temperature**2 * row_dot(target, log_target).sum())
         return _cross_entropy_with(target, student)
 
     return fused_objective(
@@ -127,6 +132,7 @@ def fused_taid(
         mask=mask,
         student_head=student_head,
         teacher_head=teacher_head,
+        temperature=temperature,
         chunk_size=chunk_size,
         compiled=compiled,
     )
@@ -450,6 +456,7 @@ def fused_objective(
     mask: Tensor | None = None,
     student_head: HeadOptions = HeadOptions(),
     teacher_head: HeadOptions = HeadOptions(),
+    temperature: float = 1.0,
     chunk_size: int = CHUNK_SIZE,
     compiled: bool = False,
 ) -> Tensor:
@@ -457,16 +464,19 @@ def fused_objective(
 
     Args:
         chunk_objective: the summed loss of a chunk and its gradient by the student's logits.
-        teacher_head_weight: None hands the rows of ``teacher_hidden`` to the objective as they are.
+        teacher_head_weight: None hands the rows of ``teacher_hidden`` to the objective as they are; these
+            have no other temperature than their own.
         labels: ``[N]`` or ``[B, T]``, one token or, ``[..., S]``, several of each position, for objectives
             that read them.
 
     Raises:
-        TaidError: shapes do not fit together, a label is outside the vocabulary, or ``chunk_size`` is not
-            positive.
+        TaidError: shapes do not fit together, a label is outside the vocabulary, or ``chunk_size`` or
+            ``temperature`` is not positive.
     """
     if chunk_size < 1:
         raise TaidError(f"chunk_size is {chunk_size}; it must be at least 1.")
+    if not 0 < temperature < float("inf"):
+        raise TaidError(f"temperature is {temperature}; it must be a positive number.")
     positions = student_hidden.shape[:-1]
     for name, tensor in (("mask", mask), ("labels", labels)):
         if tensor is not None and tensor.shape[: len(positions)] != positions:
@@ -506,6 +516,7 @@ def fused_objective(
         torch.compile(chunk_objective, dynamic=True) if compiled else chunk_objective,
         student_head,
         teacher_head,
+        temperature,
         chunk_size,
     )
 
@@ -525,6 +536,7 @@ class _Fused(torch.autograd.Function):
         chunk_objective: ChunkObjective,
         student_head: HeadOptions,
         teacher_head: HeadOptions,
+        temperature: float,
         chunk_size: int,
     ) -> Tensor:
         device = student_hidden.device.type
@@ -564,12 +576,19 @@ class _Fused(torch.autograd.Function):
                 else:
                     _take_infinite_out_(logits)
                 capped = logits.clone() if student_head.softcap is not None and needs_gradient else None
+                if temperature != 1.0:
+                    logits.div_(temperature)
+                    if teacher_logits is not None and teacher_weight is not None:
+                        teacher_logits.div_(temperature)
                 loss, gradient = chunk_objective(
                     logits, teacher_logits, None if labels is None else labels[chunk]
                 )
-                total += loss
+                total += loss * temperature**2
                 if not needs_gradient:
                     continue
+                if temperature != 1.0:
+                    # T squared of the loss, over the T that the logits were divided by.
+                    gradient.mul_(temperature)
                 gradient = student_head.gradient_(gradient, capped)
                 if bias_gradient is not None:
                     # The bias is added before scale and cap, so its gradient is the raw products'.
@@ -603,7 +622,7 @@ class _Fused(torch.autograd.Function):
             for gradient in ctx.gradients
         ]
         ctx.gradients = None
-        return (*gradients, *[None] * 7)
+        return (*gradients, *[None] * 8)
 
 
 def project(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:

@@ -264,7 +264,8 @@ class DistillationTrainer(Trainer):
                 ``SampledTeacher``; not needed by ``cross_entropy``.
             objective: a key of ``OBJECTIVES``.
             interpolation: the schedule of t, for ``taid`` alone; None: ``AdaptiveInterpolation()``.
-            objective_arguments: keyword arguments of the objective, such as ``{"skew": 0.1}``.
+            objective_arguments: keyword arguments of the objective, such as ``{"skew": 0.1}`` or
+                ``{"temperature": 2.0}``.
             generations: which batches the student writes itself, for a ``LiveTeacher`` alone; None: none.
             vocabulary_size: shared rows of the heads (``shared_vocabulary_size``); None: the fewer rows.
             chunk_size: positions that are projected at a time.
@@ -285,6 +286,8 @@ class DistillationTrainer(Trainer):
             raise TaidError(f"The objective {objective} has no interpolation; leave it out.")
         if isinstance(teacher, SampledTeacher) and objective != "cross_entropy":
             check_sampled_objective(objective)
+            if (objective_arguments or {}).get("temperature", 1.0) != 1.0:
+                raise TaidError("Sampled probabilities are those of temperature 1; leave `temperature` out.")
         if generations is not None and not isinstance(teacher, LiveTeacher):
             raise TaidError("Text that the student writes is judged by a LiveTeacher; no cache knows it.")
         if generations is not None and args.fsdp:

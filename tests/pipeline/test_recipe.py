@@ -67,6 +67,14 @@ BAD = {
         changed(distill__t_start=0.9, distill__t_end=0.5),
         "t_start 0.9 is above t_end 0.5",
     ),
+    "temperature without a teacher's logits": (
+        changed(distill__objective="cross_entropy", distill__temperature=2.0),
+        "distill.temperature: cross_entropy takes none;",
+    ),
+    "temperature of samples": (
+        changed(teacher__cache="sampled", distill__temperature=2.0),
+        "distill.temperature: sampled probabilities are those of temperature 1;",
+    ),
     "no steps": (changed(distill__epochs=0), "distill.epochs: input should be greater than 0, not 0."),
     "unknown quantization": (changed(export={"gguf": ["q4_k_x"]}), "export: gguf: there is no 'q4_k_x';"),
     "unknown MLC quantization": (changed(export={"mlc": ["q9"]}), "export: mlc: there is no 'q9';"),

@@ -46,7 +46,7 @@ def problem(seed, count, vocabulary, student_width, teacher_width, dtype=torch.f
     }
 
 
-def both(name, parts, extra, bias, scale, softcap, chunk_size):
+def both(name, parts, extra, bias, scale, softcap, chunk_size, temperature=1.0):
     """Loss and gradients by (fused, reference)."""
     results = []
     extra = {**extra, "labels": parts["labels"]} if name in ("decoupled_kd", "cross_entropy") else dict(extra)
@@ -62,13 +62,14 @@ def both(name, parts, extra, bias, scale, softcap, chunk_size):
             options["compiled"] = compiled
             if name != "cross_entropy":
                 models += [parts["teacher_hidden"], parts["teacher_weight"]]
-                options["teacher_head"] = teacher
+                options |= {"teacher_head": teacher, "temperature": temperature}
             loss = getattr(fused, f"fused_{name}")(*models, **options)
         else:
             logits = [finish(hidden @ weight.T, student)]
             if name != "cross_entropy":
                 logits.append(finish(parts["teacher_hidden"] @ parts["teacher_weight"].T, teacher))
-            loss = getattr(objectives, name)(*logits, parts["mask"], **extra)
+            softened = [each / temperature for each in logits]
+            loss = temperature**2 * getattr(objectives, name)(*softened, parts["mask"], **extra)
         (2.5 * loss).backward()
         gradients = [hidden.grad, weight.grad] + ([student_bias.grad] if student_bias is not None else [])
         results.append([loss.detach(), *gradients])
@@ -87,10 +88,11 @@ def both(name, parts, extra, bias, scale, softcap, chunk_size):
     softcap=st.sampled_from([None, 4.0]),
     chunk_size=st.integers(1, 25),
     share=st.floats(0, 1),
+    temperature=st.sampled_from([1.0, 0.5, 3.0]),
 )
-@example("skew_forward_kl", 0, 3, 5, (2, 2), False, 1.0, None, 2, 1.0)
+@example("skew_forward_kl", 0, 3, 5, (2, 2), False, 1.0, None, 2, 1.0, 1.0)
 def test_equal_to_the_reference(
-    name, seed, count, vocabulary, widths, bias, scale, softcap, chunk_size, share
+    name, seed, count, vocabulary, widths, bias, scale, softcap, chunk_size, share, temperature
 ):
     extra = {
         "taid": {"t": share},
@@ -100,8 +102,11 @@ def test_equal_to_the_reference(
         "adaptive_kl": {"head_mass": share},
         "decoupled_kd": {"alpha": share, "beta": 1 - share},
     }.get(name, {})
+    if name == "cross_entropy":
+        temperature = 1.0
     parts = problem(seed, count, vocabulary, *widths)
-    for ours, reference in zip(*both(name, parts, extra, bias, scale, softcap, chunk_size), strict=True):
+    results = both(name, parts, extra, bias, scale, softcap, chunk_size, temperature)
+    for ours, reference in zip(*results, strict=True):
         largest = max(float(reference.abs().max()), 1e-3)
         torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-10 * largest)
 
@@ -170,16 +175,18 @@ def test_curriculum_temperature_equals_the_reference(seed, temperature, reversal
         torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-10 * largest)
 
 
-def test_the_entropy_of_the_target_makes_the_loss_a_divergence():
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_entropy_of_the_target_makes_the_loss_a_divergence(temperature):
     parts = problem(5, 9, 21, 4, 5)
     entropy = torch.zeros((), dtype=torch.float64)
     arguments = [parts[name] for name in ("hidden", "weight", "teacher_hidden", "teacher_weight")]
-    plain = fused.fused_taid(*arguments, 0.3, mask=parts["mask"], chunk_size=4)
-    loss = fused.fused_taid(*arguments, 0.3, target_entropy=entropy, mask=parts["mask"], chunk_size=4)
-    student = (arguments[0] @ arguments[1].T)[parts["mask"]]
-    teacher = (arguments[2] @ arguments[3].T)[parts["mask"]]
+    options = {"mask": parts["mask"], "temperature": temperature, "chunk_size": 4}
+    plain = fused.fused_taid(*arguments, 0.3, **options)
+    loss = fused.fused_taid(*arguments, 0.3, target_entropy=entropy, **options)
+    student = (arguments[0] @ arguments[1].T)[parts["mask"]] / temperature
+    teacher = (arguments[2] @ arguments[3].T)[parts["mask"]] / temperature
     target = (0.7 * student + 0.3 * teacher).log_softmax(-1)
-    divergence = (target.exp() * (target - student.log_softmax(-1))).sum(-1).mean()
+    divergence = temperature**2 * (target.exp() * (target - student.log_softmax(-1))).sum(-1).mean()
     torch.testing.assert_close(loss, plain, rtol=1e-12, atol=0)
     torch.testing.assert_close(loss - entropy / parts["mask"].sum(), divergence, rtol=1e-10, atol=0)
 
@@ -277,6 +284,8 @@ def test_autocast_projects_in_half_precision():
         ({"teacher_hidden": torch.zeros(4, 4)}, "positions"),
         ({"teacher_head_weight": torch.zeros(9, 4)}, "shared vocabulary"),
         ({"chunk_size": 0}, "chunk_size is 0"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"temperature": float("inf")}, "temperature is inf"),
         ({"t": 2.0}, "t is 2.0"),
     ],
 )

@@ -332,5 +332,8 @@ def test_the_trainer_refuses_what_does_not_fit(model, token_blocks, finished, tm
     dataset, teacher = TokenBlockDataset(token_blocks), SampledTeacher(finished)
     with pytest.raises(TaidError, match="reverse_kl needs more of the teacher"):
         DistillationTrainer(small_model(2048), arguments, dataset, teacher, "reverse_kl")
+    softened = {"objective_arguments": {"temperature": 2.0}}
+    with pytest.raises(TaidError, match="those of temperature 1"):
+        DistillationTrainer(small_model(2048), arguments, dataset, teacher, **softened)
     with pytest.raises(TaidError, match="write the cache anew with vocabulary_size 100"):
         DistillationTrainer(small_model(100), arguments, dataset, teacher)
