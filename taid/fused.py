@@ -20,8 +20,7 @@ Common arguments:
   that its gradients keep their size (Hinton et al. 2015, arXiv 1503.02531, section 2.1).
 - ``chunk_size``: positions at a time; memory is about ``2 * chunk_size * V * 4`` bytes for ``fused_taid``.
 - ``compiled``: the softmaxes and sums of a chunk through ``torch.compile``, which needs a C++ compiler or a
-  GPU: fewer passes over memory, of which a CPU gains nothing (docs/log.md). PyTorch 2.13 cannot compile
-  ``fused_skew_forward_kl`` for a CPU.
+  GPU: fewer passes over memory, of which a CPU gains nothing (docs/log.md).
 
 Softmax runs in float32 (float64 inputs stay float64); projections run in the hidden states' type, or in
 autocast's where that is on.
@@ -256,7 +255,9 @@ def fused_skew_forward_kl(
         student: Tensor, teacher: Tensor | None, labels: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         assert teacher is not None
-        q, p = torch.softmax(student, -1, out=student), torch.softmax(teacher, -1, out=teacher)
+        # Through logarithms, since PyTorch 2.13 compiles no softmax in place that goes into a product.
+        q = torch.log_softmax(student, -1, out=student).exp_()
+        p = torch.log_softmax(teacher, -1, out=teacher).exp_()
         mixture = _mixture(p, q, skew)
         slope = (p / mixture).mul_(skew - 1)
         loss = -row_dot(p, mixture.log_()).sum()

@@ -111,17 +111,11 @@ def test_equal_to_the_reference(
         torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-10 * largest)
 
 
-FAILS = pytest.mark.xfail(
-    raises=torch._dynamo.exc.BackendCompilerFailed, strict=True, reason="a defect of PyTorch 2.13"
-)
-
-
 @pytest.mark.parametrize(
     "name",
     [
         "taid",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:] if name != "skew_forward_kl"),
-        pytest.param("skew_forward_kl", marks=[pytest.mark.slow, FAILS]),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:]),
     ],
 )
 def test_compiled_equals_the_reference(name):
