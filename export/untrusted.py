@@ -147,7 +147,7 @@ def check_tensor_cache(path: Path) -> None:
         for shard in value["records"]:
             name = shard["dataPath"]
             if Path(name).name != name or not (path.parent / name).is_file():
-                raise ExportError(f"{path}: names {name!r}, which is no file of this folder.")
+                raise ExportError(f"{path}: names {name!r:.80}, which is no file of this folder.")
             size = (path.parent / name).stat().st_size
             for record in shard["records"]:
                 element = TENSOR_BYTES.get(record["format"]) or _element_bytes(record["dtype"])
@@ -156,7 +156,7 @@ def check_tensor_cache(path: Path) -> None:
                 sound = all(isinstance(number, int) and 0 <= number < 2**62 for number in numbers)
                 if not sound or math.prod(shape) * (element or 0) != count or start + count > size:
                     raise ExportError(
-                        f"{path}: the tensor {str(record['name'])[:80]!r} does not fit its shape or {name}; "
+                        f"{path}: the tensor {str(record['name'])!r:.80} does not fit its shape or {name}; "
                         "the folder is damaged."
                     )
     except (KeyError, TypeError, AttributeError, OSError) as error:
@@ -251,7 +251,7 @@ def _check_index(path: Path, value: Any) -> None:
         raise ExportError(f"{path}: has no weight_map; save the model anew.")
     for name in names.values():
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise ExportError(f"{path}: names {name!r}, which is no .safetensors file of this folder.")
+            raise ExportError(f"{path}: names {name!r:.80}, which is no .safetensors file of this folder.")
         if not (path.parent / name).is_file():
             raise ExportError(f"{path}: names {name}, which is missing.")
 
@@ -265,7 +265,7 @@ def _check_sizes(path: Path, config: Any, weight_bytes: int) -> None:
     for key in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads"):
         number = text.get(key)
         if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
-            raise ExportError(f"{path}: {key} is {number!r}; it must be a positive integer.")
+            raise ExportError(f"{path}: {key} is {number!r:.80}; it must be a positive integer.")
     rows, width = text.get("vocab_size") or 1, text.get("hidden_size") or 1
     layers, inner = text.get("num_hidden_layers") or 1, text.get("intermediate_size") or 1
     # Every weight takes at least half a byte, and every layer has a matrix of these two widths.

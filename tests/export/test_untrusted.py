@@ -85,6 +85,7 @@ def test_safetensors_headers(folder: Path, harm: Callable[[Path], Any], in_sente
         (lambda f: edit(f / "config.json", num_hidden_layers=10**9), "describes a far larger model"),
         (lambda f: edit(f / "config.json", num_hidden_layers=-1), "num_hidden_layers is -1"),
         (lambda f: edit(f / "config.json", hidden_size="wide"), "hidden_size is 'wide'"),
+        (lambda f: edit(f / "config.json", hidden_size="w" * 5000), "hidden_size is 'w{79}; it must be"),
         (lambda f: (f / "tokenizer.json").write_bytes(b"\xff\xfe"), "tokenizer.json: is no readable JSON"),
         (lambda f: (f / "vocab.json").symlink_to("/etc/passwd"), "links to nothing inside"),
         (lambda f: (f / "vocab.json").symlink_to("../../secret"), "links to nothing inside"),

@@ -90,6 +90,16 @@ TABLE = (
         "unknown key nonsense; remove it or correct its spelling (docs/guide.md lists all keys).",
     ),
     key(
+        "two\nlines \u2028",
+        1,
+        "unknown key two\\nlines \\u2028; remove it or correct its spelling (docs/guide.md lists all keys).",
+    ),
+    key(
+        "long" * 100,
+        1,
+        f"unknown key {('long' * 50)[:197]}...; remove it or correct its spelling (docs/guide.md lists all keys).",
+    ),
+    key(
         "accept_licence_conflict",
         "",
         "accept_licence_conflict: string should have at least 1 character, not ''.",
@@ -446,6 +456,20 @@ TABLE = (
             (
                 "r/manifest.json",
                 '{"schema": "martlet-manifest-1", "files": {"../../x": {"sha256": "", "bytes": 0}}}',
+            ),
+        ),
+        code=1,
+    ),
+    line(
+        "verify {here}/r",
+        "manifest.json: inputs.packages.\\ud800: has no SHA-256. (1 more.)",
+        files=(
+            (
+                "r/manifest.json",
+                '{"schema": "martlet-manifest-1", "files": {}, "inputs": {'
+                + "".join(f'"{part}": {{"sha256": "{"0" * 64}"}}, ' for part in ("recipe", "teacher", "code"))
+                + f'"data": {{"text": {{"sha256": "{"0" * 64}"}}, "chats": {{"sha256": "{"0" * 64}"}}}}, '
+                + r'"packages": {"\ud800": {}}}}',
             ),
         ),
         code=1,
