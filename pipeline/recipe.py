@@ -235,6 +235,7 @@ class Export(Section):
         description="Text that weighs the rounding errors of GGUF quantizations below q8_0: calibration for "
         "the recipe's own calibration split, or a text file; without it none is used.",
     )
+    timeout_s: float = Field(3600, gt=0, description="Seconds that one process of an export may take.")
 
     @model_validator(mode="after")
     def known(self) -> Self:

@@ -6,7 +6,7 @@ were read, or were refused in words not heard before, are damaged further. The s
 the same inputs. Each test goes on for MARTLET_FUZZ_SECONDS (20 by default), or until MARTLET_FUZZ_INPUTS are
 through:
 
-    MARTLET_FUZZ_INPUTS=1000000 pytest -s tests/test_fuzzing.py --numprocesses 2
+    MARTLET_FUZZ_INPUTS=1000000 pytest -rP tests/test_fuzzing.py --numprocesses 2
 
 feeds each kind of file a million. How many they were and how many of them were refused is printed.
 """
