@@ -36,9 +36,9 @@ SAMPLED_OBJECTIVES = (
 
 
 class Section(BaseModel):
-    """A part of the recipe; unknown keys are errors."""
+    """A part of the recipe. Unknown keys are errors, and so are infinite numbers, which JSON cannot hold."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Teacher(Section):

@@ -40,6 +40,7 @@ from pipeline.recipe import Recipe
 
 SCHEMA = "martlet-manifest-1"
 MANIFEST = "manifest.json"
+SIGNATURE = f"{MANIFEST}.sig"
 KEYS = ("schema", "identity", "name", "recipe", "packages", "inputs", "lineage", "files")
 CARD = "README.md"
 MODELFILE = "Modelfile"
@@ -175,7 +176,7 @@ def verify(root: Path) -> list[str]:
         elif path.stat().st_size != entry["bytes"] or sha256_of_file(path) != entry["sha256"]:
             problems.append(f"{path}: is damaged (its SHA-256 is not the manifest's).")
     present = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
-    for name in sorted(present - set(manifest["files"]) - {MANIFEST}):
+    for name in sorted(present - set(manifest["files"]) - {MANIFEST, SIGNATURE}):
         problems.append(f"{root / name}: is not in the manifest.")
     return [one_line(problem) for problem in problems]
 

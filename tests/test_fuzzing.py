@@ -67,15 +67,19 @@ class Hang(BaseException):
 class Reader:
     """Something that reads a file, and what it is fed with."""
 
-    def __init__(self, name: str, read: Callable[[bytes], Any], sound: Sequence[bytes], damage: Damage):
+    def __init__(
+        self, name: str, read: Callable[[bytes], Any], sound: Sequence[bytes], damage: Damage, turns: int = 1
+    ):
         """
         Args:
             name: what it reads.
             read: puts the bytes where the reader finds them and has them read.
             sound: files that it reads.
             damage: makes another file of one.
+            turns: how many inputs in a row it is fed with when it is its turn.
         """
         self.name, self.read, self.sound, self.damage = name, read, list(sound), damage
+        self.turns = turns
         self.were_read: list[bytes] = []
         self.were_new: list[bytes] = []
         self.heard: set[str] = set()
@@ -122,6 +126,7 @@ def fuzz(kind: str, *readers: Reader) -> None:
         raise Hang(f"longer than {TOO_LONG} s")
 
     chance = random.Random(f"{kind} {SEED}")
+    turns = [reader for reader in readers for _ in range(reader.turns)]
     count, began = 0, time.monotonic()
     told = began
     limits = resource.getrlimit(resource.RLIMIT_AS)
@@ -130,7 +135,7 @@ def fuzz(kind: str, *readers: Reader) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (taken + TOO_MUCH, limits[1]))
     try:
         while count < INPUTS if INPUTS else time.monotonic() < began + SECONDS:
-            reader = readers[count % len(readers)]
+            reader = turns[count % len(turns)]
             data = reader.draw(chance)
             refusal: Exception | None = None
             signal.setitimer(signal.ITIMER_REAL, TOO_LONG)
@@ -306,7 +311,7 @@ def test_recipes(place: Path) -> None:
     texts = [yaml.safe_dump(recipe, default_flow_style=None).encode() for recipe in recipes]
     fuzz(
         "recipe",
-        Reader("recipe, values", lambda data: read(json.loads(data)), values, damaged_values),
+        Reader("recipe, values", lambda data: read(json.loads(data)), values, damaged_values, turns=4),
         Reader("recipe, text", read_text, texts, damaged_bytes()),
     )
 
@@ -427,8 +432,8 @@ def test_tensor_caches(place: Path) -> None:
         "tensor cache",
         *teachers_cache(place, "hidden"),
         *teachers_cache(place, "sampled"),
-        Reader("MLC tensor cache, values", read, sound, damaged_values),
-        Reader("MLC tensor cache, bytes", read, sound, damaged_bytes()),
+        Reader("MLC tensor cache, values", read, sound, damaged_values, turns=6),
+        Reader("MLC tensor cache, bytes", read, sound, damaged_bytes(), turns=6),
     )
 
 

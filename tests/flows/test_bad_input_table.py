@@ -240,8 +240,14 @@ TABLE = (
     key(
         "distill.learning_rate",
         float("nan"),
-        "distill.learning_rate: input should be less than or equal to 1, not nan.",
+        "distill.learning_rate: input should be a finite number, not nan.",
     ),
+    key(
+        "validate.default.mean_kl",
+        float("inf"),
+        "validate.default.mean_kl: input should be a finite number, not inf.",
+    ),
+    key("bench.timeout_s", float("inf"), "bench.timeout_s: input should be a finite number, not inf."),
     key(
         "distill.objective",
         "hope",
@@ -448,6 +454,17 @@ TABLE = (
         "verify {here}/r",
         "{here}/r/manifest.json: is missing or no manifest of martlet; give a release folder.",
         files=(("r/manifest.json", "[]"),),
+    ),
+    line("sign {here}/r", "--key is missing; give an SSH key (ssh-keygen -t ed25519 makes one)."),
+    line(
+        "sign {here}/r --key {here}/text.txt",
+        "{here}/r/manifest.json: is missing or no manifest of martlet; give a release folder.",
+    ),
+    line(
+        "verify {here}/r --signed-by {here}/nobody",
+        "manifest.json: does not say what the release was made from (no `inputs`). (2 more.)",
+        files=(("r/manifest.json", '{"schema": "martlet-manifest-1", "files": {}}'),),
+        code=1,
     ),
     line(
         "verify {here}/r",
