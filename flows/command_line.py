@@ -539,13 +539,14 @@ def tell_problems(release: Path, problems: list[str], fine: str, as_json: bool) 
 
 def check_before_opening(model: Path) -> None:
     """Checks a file or folder that may come from anywhere before its runtime reads it."""
-    from export.untrusted import check_gguf, check_model_folder
+    from export.untrusted import check_gguf, check_model_folder, check_onnx
 
     if model.is_dir():
         check_model_folder(model)
     elif model.suffix == ".gguf":
         check_gguf(model)
     elif model.suffix == ".onnx":
+        check_onnx(model)
         check_model_folder(model.parent.parent if model.parent.name == "onnx" else model.parent)
 
 

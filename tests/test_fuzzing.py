@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -35,7 +36,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from export import untrusted
 from export.errors import ExportError
-from export.untrusted import check_gguf_header, check_model_folder, check_tensor_cache
+from export.untrusted import check_gguf_header, check_model_folder, check_onnx, check_tensor_cache
 from pipeline import release
 from pipeline.artifacts import MANIFEST, Store, damage
 from pipeline.check import check_recipe
@@ -502,6 +503,26 @@ def test_gguf_headers(place: Path) -> None:
         check_gguf_header(path)
 
     fuzz("GGUF header", Reader("GGUF header", read, [sound], damaged_bytes(700)))
+
+
+def test_onnx_graphs(place: Path) -> None:
+    path = place / "tiny.onnx"
+    (place / "w.bin").write_bytes(bytes(32))
+    outside = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=[4])
+    outside.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", "w.bin"), ("offset", "16"), ("length", "16")):
+        outside.external_data.add(key=key, value=value)
+    inside = onnx.numpy_helper.from_array(np.ones(4, dtype=np.float16), "v")
+    nodes = [onnx.helper.make_node("Sum", ["x", "w", "v"], ["y"], extra=inside)]
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [4]) for name in "xy")
+    graph = onnx.helper.make_graph(nodes, "tiny", [x], [y], [outside, inside])
+    sound = onnx.helper.make_model(graph).SerializeToString()
+
+    def read(data: bytes) -> None:
+        path.write_bytes(data)
+        check_onnx(path)
+
+    fuzz("ONNX graph", Reader("ONNX graph", read, [sound], damaged_bytes()))
 
 
 def test_model_folders(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
