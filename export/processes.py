@@ -1,14 +1,23 @@
 """Child processes whose output is kept in a file and shown when they fail."""
 
+import contextlib
+import logging
 import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
-SHOWN_LINES = 20
+from export.errors import ExportError
+
+logger = logging.getLogger(__name__)
+"""What child processes said, a record each when they have ended, for whoever keeps a log of a whole run."""
+
+SHOWN_LINES, LOGGED_LINES = 20, 400
+_limit: ContextVar[tuple[float | None, str]] = ContextVar("limit", default=(None, ""))
 KILLED = (signal.SIGKILL, signal.SIGTERM)
 
 
@@ -44,12 +53,27 @@ class Finished:
             return f"it ended with status {self.returncode} and said nothing"
         return lines[-1].rstrip(".")
 
-    def shown(self, most: int = SHOWN_LINES) -> str:
+    def shown(self, most: int = SHOWN_LINES, who: str = "The process that failed") -> str:
         """The end of its output, so many lines of it, and where all of it is, for people who look for the
         cause."""
         lines = self.output.rstrip().splitlines()
         where = f"the whole output is in {self.log}" if self.log is not None else "its output"
-        return "\n".join([f"The process that failed said ({where}):", *lines[-most:]])
+        return "\n".join([f"{who} said ({where}):", *lines[-most:]])
+
+
+@contextlib.contextmanager
+def at_most(seconds: float, setting: str) -> Iterator[None]:
+    """While it lasts, a child process that takes longer is ended.
+
+    Args:
+        seconds: how long each may take.
+        setting: what the user calls that, for the sentence of the ``ExportError``.
+    """
+    token = _limit.set((seconds, setting))
+    try:
+        yield
+    finally:
+        _limit.reset(token)
 
 
 def run_logged(
@@ -61,7 +85,22 @@ def run_logged(
         command: the program and its arguments; no shell sees them.
         log: file to append the output to while it is written, after a line with time and command.
         environment: all of its environment variables; this process's by default.
+
+    Raises:
+        ExportError: it took longer than ``at_most`` allows.
     """
+    finished = _finished(command, log, environment)
+    tell_log(finished, command)
+    return finished
+
+
+def tell_log(finished: Finished, command: Sequence[str]) -> None:
+    """Puts what a child process said, if anything, into this module's log."""
+    if finished.output.strip() and logger.isEnabledFor(logging.INFO):
+        logger.info("%s", finished.shown(LOGGED_LINES, " ".join([Path(command[0]).name, *command[1:]])))
+
+
+def _finished(command: Sequence[str], log: Path | None, environment: Mapping[str, str] | None) -> Finished:
     if log is None:
         with tempfile.TemporaryFile() as file:
             status = _run(command, file.fileno(), environment)
@@ -79,6 +118,15 @@ def run_logged(
 
 
 def _run(command: Sequence[str], output: int, environment: Mapping[str, str] | None) -> int:
-    return subprocess.run(
-        command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
-    ).returncode
+    seconds, setting = _limit.get()
+    try:
+        return subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            timeout=seconds,
+        ).returncode
+    except subprocess.TimeoutExpired:
+        raise ExportError(f"a process took longer than {setting}, {seconds:g} s; raise it.") from None

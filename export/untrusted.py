@@ -33,6 +33,18 @@ CHAT_TEMPLATE = b"tokenizer.chat_template"
 TENSOR_BYTES = {"f32-to-bf16": 2}
 """Bytes of an element by the format of a record of an MLC tensor cache, where its type does not tell them."""
 DTYPE_BITS = re.compile(r"(?:u?int|b?float)(8|16|32|64)")
+ONNX_BITS = {
+    **dict.fromkeys(("FLOAT", "INT32", "UINT32"), 32),
+    **dict.fromkeys(("DOUBLE", "INT64", "UINT64", "COMPLEX64"), 64),
+    **dict.fromkeys(("FLOAT16", "BFLOAT16", "INT16", "UINT16"), 16),
+    **dict.fromkeys(("UINT8", "INT8", "BOOL"), 8),
+    **dict.fromkeys(("UINT4", "INT4"), 4),
+}
+"""Bits of an element by the type's name in ONNX: those that exports use, and their neighbours."""
+LARGEST_ONNX = 2**31
+"""Bytes of a protocol buffer; larger weights lie in a file beside it."""
+LARGEST_CACHE = 2**20
+"""Numbers of a token in one layer's cache: of heads and their width, far beyond any model."""
 TEMPLATE_SECONDS = 5
 TEMPLATE_CHARACTERS = 1_000_000
 
@@ -49,7 +61,7 @@ def check_model_folder(folder: Path) -> None:
     folder = Path(folder)
     # The hub's cache keeps files beside the snapshots that link to them.
     allowed = (folder.resolve(), (folder.parent.parent / "blobs").resolve())
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.rglob("*")):
         if path.is_symlink():
             target = path.resolve()
             if not target.exists() or not any(target.is_relative_to(place) for place in allowed):
@@ -147,7 +159,7 @@ def check_tensor_cache(path: Path) -> None:
         for shard in value["records"]:
             name = shard["dataPath"]
             if Path(name).name != name or not (path.parent / name).is_file():
-                raise ExportError(f"{path}: names {name!r}, which is no file of this folder.")
+                raise ExportError(f"{path}: names {name!r:.80}, which is no file of this folder.")
             size = (path.parent / name).stat().st_size
             for record in shard["records"]:
                 element = TENSOR_BYTES.get(record["format"]) or _element_bytes(record["dtype"])
@@ -156,11 +168,84 @@ def check_tensor_cache(path: Path) -> None:
                 sound = all(isinstance(number, int) and 0 <= number < 2**62 for number in numbers)
                 if not sound or math.prod(shape) * (element or 0) != count or start + count > size:
                     raise ExportError(
-                        f"{path}: the tensor {str(record['name'])[:80]!r} does not fit its shape or {name}; "
+                        f"{path}: the tensor {str(record['name'])!r:.80} does not fit its shape or {name}; "
                         "the folder is damaged."
                     )
     except (KeyError, TypeError, AttributeError, OSError) as error:
         raise ExportError(f"{path}: is no index of MLC's weights ({_line(error)}).") from None
+
+
+def check_onnx(path: Path) -> None:
+    """Checks the graph of an ONNX file, and against the files beside it what lies outside of it.
+
+    Raises:
+        ExportError: it is no ONNX file; a tensor's shape, type, size and place do not fit together or go
+            beyond the file, or lie in a file outside its folder; a tensor is sparse; or an input is larger
+            than any model's.
+    """
+    # Here, because it loads more than those who check another format should wait for.
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    if path.stat().st_size >= LARGEST_ONNX:
+        raise ExportError(f"{path}: has {path.stat().st_size} bytes, more than a protocol buffer can have.")
+    try:
+        model = onnx.load_model_from_string(path.read_bytes())
+    except (DecodeError, ValueError, RecursionError) as error:
+        raise ExportError(f"{path}: is no ONNX file ({_line(error)}).") from None
+    if not model.graph.node:
+        raise ExportError(f"{path}: is no ONNX file (its graph computes nothing).")
+    # Protocol buffers allow a hundred messages in each other, so some thirty graphs.
+    level = [model.graph]
+    while level:
+        tensors = [tensor for graph in level for tensor in graph.initializer]
+        nodes = [node for graph in level for node in graph.node]
+        if level[0] is model.graph:
+            nodes += [node for function in model.functions for node in function.node]
+        attributes = [attribute for node in nodes for attribute in node.attribute]
+        sparse = any(each.sparse_tensors or each.HasField("sparse_tensor") for each in attributes)
+        if sparse or any(graph.sparse_initializer for graph in level):
+            raise ExportError(f"{path}: holds sparse tensors, which no export writes.")
+        tensors += [tensor for each in attributes for tensor in (each.t, *each.tensors) if tensor.dims]
+        for tensor in tensors:
+            _check_onnx_tensor(path, tensor)
+        level = [graph for each in attributes for graph in (each.g, *each.graphs) if graph.node]
+    for value in model.graph.input:
+        sizes = [dimension.dim_value for dimension in value.type.tensor_type.shape.dim]
+        if any(size < 0 for size in sizes) or math.prod(filter(None, sizes)) > LARGEST_CACHE:
+            raise ExportError(f"{path}: the input {value.name[:80]!r} is larger than any model's.")
+
+
+def _check_onnx_tensor(path: Path, tensor: Any) -> None:
+    """A tensor of a graph: its elements are there, in the file or beside it."""
+    import onnx
+
+    known = {number: name for name, number in onnx.TensorProto.DataType.items()}
+    bits = ONNX_BITS.get(known.get(tensor.data_type, ""))
+    count = math.prod(tensor.dims) if all(0 <= size < 2**62 for size in tensor.dims) else -1
+    misfit = ExportError(
+        f"{path}: the tensor {tensor.name[:80]!r} does not fit its shape or type; the file is damaged."
+    )
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        stated = {entry.key: entry.value for entry in tensor.external_data}
+        # Text that is no UTF-8 comes as bytes.
+        name = str(stated.get("location", ""))
+        if Path(name).name != name or not name.isprintable() or not (path.parent / name).is_file():
+            raise ExportError(f"{path}: names {name!r:.80}, which is no file of this folder.")
+        try:
+            start, length = int(stated.get("offset", 0)), int(stated.get("length", -1))
+        except ValueError:
+            raise misfit from None
+        size = (path.parent / name).stat().st_size
+        length = size - start if length == -1 else length
+        if bits is None or -(-count * bits // 8) != length or not 0 <= start <= size - length:
+            raise misfit
+    elif tensor.HasField("raw_data"):
+        if bits is None or -(-count * bits // 8) != len(tensor.raw_data):
+            raise misfit
+    elif count < 0 or count > path.stat().st_size * 2:
+        # One element of the lists that hold the others takes half a byte or more.
+        raise misfit
 
 
 def check_chat_template(template: str, where: str) -> None:
@@ -251,7 +336,7 @@ def _check_index(path: Path, value: Any) -> None:
         raise ExportError(f"{path}: has no weight_map; save the model anew.")
     for name in names.values():
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise ExportError(f"{path}: names {name!r}, which is no .safetensors file of this folder.")
+            raise ExportError(f"{path}: names {name!r:.80}, which is no .safetensors file of this folder.")
         if not (path.parent / name).is_file():
             raise ExportError(f"{path}: names {name}, which is missing.")
 
@@ -265,7 +350,7 @@ def _check_sizes(path: Path, config: Any, weight_bytes: int) -> None:
     for key in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads"):
         number = text.get(key)
         if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
-            raise ExportError(f"{path}: {key} is {number!r}; it must be a positive integer.")
+            raise ExportError(f"{path}: {key} is {number!r:.80}; it must be a positive integer.")
     rows, width = text.get("vocab_size") or 1, text.get("hidden_size") or 1
     layers, inner = text.get("num_hidden_layers") or 1, text.get("intermediate_size") or 1
     # Every weight takes at least half a byte, and every layer has a matrix of these two widths.

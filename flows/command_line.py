@@ -313,17 +313,51 @@ def choose(
 @app.command()
 def verify(
     release: Annotated[Path, typer.Argument(help="Release folder.")] = Path("release"),
+    signed_by: Annotated[
+        Path | None,
+        typer.Option(help="OpenSSH's file of allowed signers: one of them has to have signed it."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a release's files, origin and bill of materials.
+    """Check a release's files, origin, bill of materials and, if asked to, signature.
 
     Example: martlet verify release
     """
     from pipeline.release import verify as damaged
     from pipeline.release import verify_inputs
+    from pipeline.signing import signer
 
     problems = damaged(release) + verify_inputs(release)
-    tell_problems(release, problems, "every file, the inputs and the bill of materials are", as_json)
+    fine = "every file, the inputs and the bill of materials are"
+    if signed_by is not None:
+        try:
+            fine = f"signed by {signer(release, signed_by)}; {fine}"
+        except UserError as error:
+            problems.append(str(error))
+    tell_problems(release, problems, fine, as_json)
+
+
+@app.command()
+def sign(
+    release: Annotated[Path, typer.Argument(help="Release folder.")] = Path("release"),
+    key: Annotated[
+        Path | None, typer.Option(help="SSH key: the private one, or the public one of an agent's.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Sign a release with an SSH key; martlet verify --signed-by checks it.
+
+    Example: martlet sign release --key ~/.ssh/id_ed25519
+    """
+    from pipeline.signing import sign as signed
+
+    if key is None:
+        raise UserError("--key is missing; give an SSH key (ssh-keygen -t ed25519 makes one).")
+    signature = signed(release, key)
+    if as_json:
+        print(json.dumps({"release": str(release), "signature": str(signature)}))
+    else:
+        print(f"{release}: signed, in {signature}.")
 
 
 @app.command()
@@ -505,13 +539,14 @@ def tell_problems(release: Path, problems: list[str], fine: str, as_json: bool) 
 
 def check_before_opening(model: Path) -> None:
     """Checks a file or folder that may come from anywhere before its runtime reads it."""
-    from export.untrusted import check_gguf, check_model_folder
+    from export.untrusted import check_gguf, check_model_folder, check_onnx
 
     if model.is_dir():
         check_model_folder(model)
     elif model.suffix == ".gguf":
         check_gguf(model)
     elif model.suffix == ".onnx":
+        check_onnx(model)
         check_model_folder(model.parent.parent if model.parent.name == "onnx" else model.parent)
 
 

@@ -1,24 +1,35 @@
 """The flow: a teacher and a recipe in, a release folder out. Its body is the list of stages."""
 
+import base64
+import contextlib
 import functools
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import psutil
 from prefect import flow, get_run_logger, runtime, task
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.artifacts import (
+    create_image_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
 from prefect.cache_policies import NO_CACHE
+from prefect.exceptions import MissingContextError
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from export import processes
 from flows.interrupts import ending_children
 from pipeline import (
     bench,
     chats,
+    choose,
     compare_releases,
     distill,
     exports,
@@ -36,6 +47,7 @@ from pipeline import release as release_stage
 from pipeline.artifacts import Artifact, Store
 from pipeline.check import check_recipe
 from pipeline.errors import GateFailed, Unreachable, UserError
+from pipeline.progress import Progress
 from pipeline.recipe import Recipe, load_recipe
 
 FLOW_NAME = "distill-and-ship"
@@ -44,6 +56,8 @@ RETRY_SECONDS = (10, 60)
 """How long a stage waits before it asks a hub again, each time."""
 BENCHMARK = "benchmark"
 """Tag of the tasks that measure; a concurrency limit of a Prefect server may name it."""
+PROGRESS_SECONDS = 5.0
+"""Between two changes of the progress that Prefect shows, within a stage."""
 AT_ONCE = 2
 """Exports and gates side by side, where memory allows."""
 
@@ -113,6 +127,59 @@ def stage_names(plan: Recipe) -> list[str]:
     ]
 
 
+class IntoRunLog(logging.Handler):
+    """Puts a record into the log of the Prefect run that it was written in."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Takes a record up."""
+        with contextlib.suppress(MissingContextError):
+            get_run_logger().log(record.levelno, record.getMessage())
+
+
+@contextlib.contextmanager
+def logging_children() -> Iterator[None]:
+    """While it lasts, what child processes say stands in the run's log, too, when they have ended."""
+    handler, logger = IntoRunLog(), processes.logger
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # to a console that Prefect's own handler writes to already
+    try:
+        yield
+    finally:
+        logger.propagate = propagate
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+
+
+def showing_progress(title: str, stages: list[str]) -> Callable[[str, str, str | None], None]:
+    """Shows how far a run is as a Prefect artifact: stages done, and the part of the one that counts.
+
+    Args:
+        title: what is run.
+        stages: names of all stages.
+
+    Returns:
+        What is to be told each line, its stage and, where it changes, that stage's state.
+    """
+    artifact = create_progress_artifact(0.0, key="progress", description=title)
+    parts = dict.fromkeys(stages, 0.0)
+    changed = time.monotonic()
+
+    def take(line: str, stage: str, state: str | None) -> None:
+        nonlocal changed
+        if state in ("done", "cached"):
+            parts[stage] = 1.0
+        elif isinstance(line, Progress) and stage in parts and time.monotonic() > changed + PROGRESS_SECONDS:
+            parts[stage] = line.done / max(1, line.total)
+        else:
+            return
+        changed = time.monotonic()
+        update_progress_artifact(artifact, 100 * sum(parts.values()) / len(parts), f"{title}: {line}")
+
+    return take
+
+
 def run_name() -> str:
     """Name of a flow run: recipe and student, of each recipe."""
     names = []
@@ -133,6 +200,7 @@ def run_name() -> str:
     persist_result=False,
 )
 @ending_children()
+@logging_children()
 def distill_and_ship(
     recipe: str = DEFAULT_RECIPE,
     store: str = "store",
@@ -191,16 +259,18 @@ def ship(recipe: Path, store: Path, release: Path) -> dict[str, Any]:
     """One recipe from teacher to release folder, in the flow run that this is called in; see
     ``distill_and_ship``."""
     run_logger = get_run_logger()
+    plan = load_recipe(recipe)
+    check_recipe(plan, recipe)
+    show = showing_progress(plan.name, stage_names(plan))
 
     def report(line: str, state: str | None = None) -> None:
         run_logger.info(line)
         logger.info(line, extra={"stage": speaking.get(), "state": state})
+        show(line, speaking.get(), state)
 
     def step(function: Callable[..., Any], name: str) -> Any:
         return stage(function, name, report)
 
-    plan = load_recipe(recipe)
-    check_recipe(plan, recipe)
     shelf = Store(store, report=report)
     made: dict[str, Artifact] = {}
 
@@ -271,6 +341,7 @@ def ship(recipe: Path, store: Path, release: Path) -> dict[str, Any]:
         markdown=f"**{plan.name}** is in [{folder}]({folder.resolve().as_uri()}); "
         f"[the report]({(folder / 'report.html').resolve().as_uri()}) shows what it is worth.",
     )
+    show_picture(folder)
     speed = {entry["file"]: entry["decode_tokens_per_s"] for entry in rows(made, "device", formats)}
     files = [
         {
@@ -313,6 +384,17 @@ def show_device(made: dict[str, Artifact], formats: list[str]) -> None:
     columns += ("decode_tokens_per_s", "rss_anon_bytes", "rss_file_bytes", "peak_rss_bytes", "reliable")
     table = [{column: entry.get(column) for column in columns} for entry in rows(made, "device", formats)]
     create_table_artifact(key="device", table=table, description="Each file on this machine's CPU.")
+
+
+def show_picture(release: Path) -> None:
+    """Files by size, KL and speed as a Prefect artifact, the picture within its address: the server's page
+    reads no file of this machine."""
+    picture = choose.picture(choose.choose(release)).replace("<svg ", '<svg style="background:white" ', 1)
+    create_image_artifact(
+        "data:image/svg+xml;base64," + base64.b64encode(picture.encode()).decode(),
+        key="files",
+        description="Each file's size, mean KL and speed; the ring marks the one to ship.",
+    )
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ RELEASES = "releases"
 """Folder of a store that says which artifacts releases were laid out from."""
 RELEASE_KEYS = ("release", "artifacts")
 """Keys of such a record."""
+LONGEST_NAME, LONGEST_PATH = 255, 1024
+"""Bytes of a file's name and characters of its path in an artifact or a release."""
 RECORDED_PACKAGES = (
     "torch",
     "transformers",
@@ -390,6 +392,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
             and isinstance(manifest["seconds"], (int, float))
             and isinstance(manifest["packages"], dict)
             and all(isinstance(size, int) and isinstance(digest, str) for digest, size in content.values())
+            and all(is_file_name(name) and not {"", ".."} & set(name.split("/")) for name in content)
             and all(
                 isinstance(made["stage"], str) and isinstance(made["key"], str)
                 for made in manifest["input_artifacts"].values()
@@ -398,6 +401,15 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return manifest if sound else None
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a manifest may list a file by this name: one that a system takes and a terminal shows."""
+    return (
+        name.isprintable()
+        and all(len(part.encode()) <= LONGEST_NAME for part in name.split("/"))
+        and len(name) <= LONGEST_PATH
+    )
 
 
 def damage(folder: Path) -> str | None:

@@ -3,6 +3,8 @@
 import os
 from socket import gaierror
 
+from export.errors import one_line
+
 EXIT_GATE_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -12,6 +14,9 @@ TOO_MANY = 429
 
 class UserError(ValueError):
     """Bad input: one sentence that says what is wrong, where, and what to do. Exit code 2."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class Unreachable(UserError):
@@ -41,3 +46,6 @@ def hub_error(sentence: str, cause: BaseException) -> UserError:
 
 class GateFailed(RuntimeError):
     """An exported file missed a gate: the sentence names file, gate, value and threshold. Exit code 1."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())

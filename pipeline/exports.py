@@ -11,6 +11,7 @@ from export.gguf import export_gguf
 from export.importance import gguf_importance
 from export.mlc import export_mlc
 from export.onnx import export_onnx
+from export.processes import at_most
 from export.quantizations import GGUF_UNWEIGHTED
 from export.tensors import tensor_kinds, tensor_types
 from pipeline.artifacts import Artifact, Store, write_json
@@ -46,6 +47,7 @@ def run(
     model_dir = instruct.path / "model"
     importance = importance if format == "gguf" else None
 
+    @at_most(recipe.export.timeout_s, "export.timeout_s")
     def make(output: Path, work: Path) -> None:
         files = output / "files"
         try:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from export.processes import Finished
+from export.processes import Finished, tell_log
 from pipeline.artifacts import write_json
 from pipeline.errors import UserError
 from pipeline.progress import Progress
@@ -88,13 +88,14 @@ def launch_training(
             status = child.wait()
         finally:
             end(child)
+    with log.open("rb") as said:
+        said.seek(start)
+        finished = Finished(status, said.read().decode(errors="replace"), log)
+    tell_log(finished, ["torchrun", *arguments])
     if status == 0:
         return
     if error_file.exists():
         raise UserError(error_file.read_text(encoding="utf-8").strip())
-    with log.open("rb") as said:
-        said.seek(start)
-        finished = Finished(status, said.read().decode(errors="replace"), log)
     error = UserError(
         f"launch: a training process failed with status {status}; its output is in {log}. "
         "The same command goes on from the last checkpoint."

@@ -38,9 +38,9 @@ WITHOUT_TEMPERATURE = ("cross_entropy", "curriculum_temperature")
 
 
 class Section(BaseModel):
-    """A part of the recipe; unknown keys are errors."""
+    """A part of the recipe. Unknown keys are errors, and so are infinite numbers, which JSON cannot hold."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Teacher(Section):
@@ -243,6 +243,7 @@ class Export(Section):
         description="Text that weighs the rounding errors of GGUF quantizations below q8_0: calibration for "
         "the recipe's own calibration split, or a text file; without it none is used.",
     )
+    timeout_s: float = Field(3600, gt=0, description="Seconds that one process of an export may take.")
 
     @model_validator(mode="after")
     def known(self) -> Self:
@@ -495,18 +496,23 @@ class _Shown(reprlib.Repr):
         self.maxstring = self.maxother = self.maxlong = 200
 
 
+def shortened(text: str, length: int) -> str:
+    """Text of at most so many characters; what is left out leaves three dots."""
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
 def _first_problem(error: ValidationError) -> str:
     """One sentence for the first thing that is wrong, unknown keys first since they explain missing ones."""
     problems = sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
     problem = problems[0]
-    key = ".".join(str(part) for part in problem["loc"]) or "the recipe"
+    key = shortened(".".join(str(part) for part in problem["loc"]) or "the recipe", 200)
     message = re.sub(r"^Value error, | after validation, not \d+$", "", problem["msg"])
     if problem["type"] == "extra_forbidden":
         return f"unknown key {key}; remove it or correct its spelling (docs/guide.md lists all keys)."
     if problem["type"] == "missing":
         return f"key {key} is missing; add it (docs/guide.md lists all keys)."
     shown = _Shown().repr(problem.get("input"))
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    shown = shortened(shown, 60)
     if problem["type"] == "value_error":
         return f"{key}: {message}." if problem["loc"] else f"{message}."
     return f"{key}: {message[0].lower()}{message[1:]}, not {shown}."

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from export.errors import ExportError
+from export.errors import ExportError, one_line
 from export.mlc import conversation_template
 from export.ollama import LONGEST_CONTEXT, modelfile
 from pipeline import cards, provenance, report, web
@@ -23,6 +23,7 @@ from pipeline.artifacts import (
     Artifact,
     Store,
     is_as_written,
+    is_file_name,
     locked,
     sha256_of_file,
     sha256_of_json,
@@ -39,11 +40,10 @@ from pipeline.recipe import Recipe
 
 SCHEMA = "martlet-manifest-1"
 MANIFEST = "manifest.json"
+SIGNATURE = f"{MANIFEST}.sig"
 KEYS = ("schema", "identity", "name", "recipe", "packages", "inputs", "lineage", "files")
 CARD = "README.md"
 MODELFILE = "Modelfile"
-LONGEST_NAME, LONGEST_PATH = 255, 1024
-"""Bytes of a file's name and characters of its path in a release."""
 VERSION = 6
 """Raised when the same artifacts give another release."""
 
@@ -176,9 +176,9 @@ def verify(root: Path) -> list[str]:
         elif path.stat().st_size != entry["bytes"] or sha256_of_file(path) != entry["sha256"]:
             problems.append(f"{path}: is damaged (its SHA-256 is not the manifest's).")
     present = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
-    for name in sorted(present - set(manifest["files"]) - {MANIFEST}):
+    for name in sorted(present - set(manifest["files"]) - {MANIFEST, SIGNATURE}):
         problems.append(f"{root / name}: is not in the manifest.")
-    return problems
+    return [one_line(problem) for problem in problems]
 
 
 def verify_inputs(root: Path) -> list[str]:
@@ -200,16 +200,17 @@ def verify_inputs(root: Path) -> list[str]:
         try:
             problems += provenance.changed_files(inputs)
         except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
-            problems.append(f"{root / MANIFEST}: inputs: cannot be read ({error!r}).")
+            problems.append(f"{root / MANIFEST}: inputs: cannot be read ({error!r:.80}).")
     try:
         listed = file_digests(json.loads((root / BILL_OF_MATERIALS).read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
-        return [*problems, f"{root / BILL_OF_MATERIALS}: is missing or no bill of materials."]
+        problems.append(f"{root / BILL_OF_MATERIALS}: is missing or no bill of materials.")
+        listed = {}
     recorded = {name: entry["sha256"] for name, entry in manifest["files"].items()}
     for name, digest in listed.items():
         if recorded.get(name) != digest:
             problems.append(f"{root / BILL_OF_MATERIALS}: {name}: has another SHA-256 than in the manifest.")
-    return problems
+    return [one_line(problem) for problem in problems]
 
 
 def read_report(root: Path) -> dict[str, Any]:
@@ -279,9 +280,7 @@ def _is_file_entry(name: str, entry: Any) -> bool:
         isinstance(entry, dict)
         and isinstance(entry.get("sha256"), str)
         and isinstance(entry.get("bytes"), int)
-        and name.isprintable()
-        and all(len(part.encode()) <= LONGEST_NAME for part in name.split("/"))
-        and len(name) <= LONGEST_PATH
+        and is_file_name(name)
     )
 
 

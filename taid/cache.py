@@ -72,7 +72,7 @@ class BlockCache:
                 or len(name) > LONGEST_NAME
             ):
                 raise TaidError(
-                    f"{self.folder / 'cache.json'}: names {str(name)[:80]!r}, no file of its folder."
+                    f"{self.folder / 'cache.json'}: names {str(name)!r:.80}, no file of its folder."
                 )
         if verify:
             for name, digest in digests.items():
@@ -97,7 +97,7 @@ class BlockCache:
 
     def incomplete(self, error: Exception) -> TaidError:
         """The error of a ``cache.json`` that lacks something."""
-        return TaidError(f"{self.folder / 'cache.json'}: incomplete ({error!r}); write the cache anew.")
+        return TaidError(f"{self.folder / 'cache.json'}: incomplete ({error!r:.80}); write the cache anew.")
 
     def rows(self, input_ids: Tensor, index: Tensor | None) -> np.ndarray:
         """The blocks' contents ``[B, T, ...]``, a copy.

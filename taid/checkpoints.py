@@ -2,29 +2,27 @@
 
 The Trainer writes ``trainer_state.json`` last, so a process that is killed leaves a checkpoint without it. A
 machine that goes down leaves more: files cut short, or stretches of them that never reached the disk and read
-as zeros. So each file's size and a digest are kept beside it.
+as zeros; and a disk or memory may flip a bit. So each file's size and CRC-32 are kept beside it: that finds
+every change of up to 32 bits in a row, of others all but one in four thousand million, and takes a third of a
+second for a gigabyte.
 """
 
-import hashlib
 import json
 import math
-import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-DIGESTS = "digests.json"
-WHOLE = 2**20
-"""Files of up to so many bytes are digested whole."""
-PIECE, STRETCH = 512, 65_536
-"""Of every stretch of a larger file so many bytes are. That finds what a crash does to it in a hundredth of
-the time that reading it all takes; a flipped bit it finds with luck only."""
+DIGESTS = "checksums.json"
+PIECE = 2**20
+"""Bytes that are read at a time."""
 
 
 class CheckpointDigests(TrainerCallback):
-    """Writes ``digests.json`` into each checkpoint: of every file its size and a digest.
+    """Writes ``checksums.json`` into each checkpoint: of every file its size and CRC-32.
 
     With several processes it writes nothing: each of them writes files of its own, at a time of its own.
     """
@@ -49,7 +47,7 @@ def last_complete_checkpoint(
     Args:
         folder: where the Trainer writes them.
         report: receives a line for each that was written to its end and is damaged. One without
-            ``digests.json`` is believed.
+            ``checksums.json`` is believed.
     """
     found = []
     for path in Path(folder).glob("checkpoint-*"):
@@ -84,16 +82,15 @@ def _harmed(checkpoint: Path) -> str | None:
     return next((name for name in recorded if present.get(name) != recorded[name]), None)
 
 
-def _digests(checkpoint: Path) -> dict[str, list[int | str]]:
-    """Size and digest of each file of a checkpoint."""
-    digests: dict[str, list[int | str]] = {}
+def _digests(checkpoint: Path) -> dict[str, list[int]]:
+    """Size and CRC-32 of each file of a checkpoint."""
+    digests = {}
     for path in sorted(checkpoint.rglob("*")):
         if not path.is_file() or path.name.removesuffix(".partial") == DIGESTS:
             continue
-        digest = hashlib.blake2b(digest_size=16)
+        size = digest = 0
         with path.open("rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            for place in range(0, size, STRETCH if size > WHOLE else PIECE):
-                digest.update(os.pread(file.fileno(), PIECE, place))
-        digests[path.relative_to(checkpoint).as_posix()] = [size, digest.hexdigest()]
+            while piece := file.read(PIECE):
+                size, digest = size + len(piece), zlib.crc32(piece, digest)
+        digests[path.relative_to(checkpoint).as_posix()] = [size, digest]
     return digests

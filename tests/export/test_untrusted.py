@@ -9,10 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
+import onnxruntime
 import pytest
 from gguf import GGUFWriter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
 
 from export import untrusted
 from export.errors import ExportError
@@ -21,6 +25,7 @@ from export.untrusted import (
     check_gguf,
     check_gguf_header,
     check_model_folder,
+    check_onnx,
     check_tensor_cache,
     read_json,
 )
@@ -85,10 +90,12 @@ def test_safetensors_headers(folder: Path, harm: Callable[[Path], Any], in_sente
         (lambda f: edit(f / "config.json", num_hidden_layers=10**9), "describes a far larger model"),
         (lambda f: edit(f / "config.json", num_hidden_layers=-1), "num_hidden_layers is -1"),
         (lambda f: edit(f / "config.json", hidden_size="wide"), "hidden_size is 'wide'"),
+        (lambda f: edit(f / "config.json", hidden_size="w" * 5000), "hidden_size is 'w{79}; it must be"),
         (lambda f: (f / "tokenizer.json").write_bytes(b"\xff\xfe"), "tokenizer.json: is no readable JSON"),
         (lambda f: (f / "vocab.json").symlink_to("/etc/passwd"), "links to nothing inside"),
         (lambda f: (f / "vocab.json").symlink_to("../../secret"), "links to nothing inside"),
         (lambda f: (f / "vocab.json").symlink_to("missing"), "links to nothing inside"),
+        (lambda f: ((f / "onnx").mkdir(), (f / "onnx" / "w").symlink_to("/etc")), "links to nothing inside"),
         (lambda f: index(f, {"a": "../model.safetensors"}), r"names '\.\./model\.safetensors'"),
         (lambda f: index(f, {"a": "/etc/passwd"}), "names '/etc/passwd'"),
         (lambda f: index(f, {"a": "weights.bin"}), r"names 'weights\.bin'"),
@@ -176,6 +183,117 @@ def test_tensor_caches_that_lie(tmp_path: Path, shard: Any, record: Any, in_sent
         check_model_folder(tmp_path)
 
 
+def tiny_onnx(folder: Path) -> onnx.ModelProto:
+    """A graph that adds three tensors to its input: one in the file, one beside it, one in a branch."""
+    (folder / "w.bin").write_bytes(np.arange(8, dtype=np.float32).tobytes())
+    outside = TensorProto(name="outside", data_type=TensorProto.FLOAT, dims=[4])
+    outside.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", "w.bin"), ("offset", "16"), ("length", "16")):
+        outside.external_data.add(key=key, value=value)
+    inside = numpy_helper.from_array(np.ones(4, dtype=np.float32), "inside")
+    branches = []
+    for name in ("then", "else"):
+        value = numpy_helper.from_array(np.zeros(4, dtype=np.float32), f"{name}_value")
+        node = helper.make_node("Identity", [f"{name}_value"], [f"{name}_out"])
+        out = helper.make_tensor_value_info(f"{name}_out", TensorProto.FLOAT, [4])
+        branches.append(helper.make_graph([node], name, [], [out], [value]))
+    nodes = [
+        helper.make_node("If", ["which"], ["chosen"], then_branch=branches[0], else_branch=branches[1]),
+        helper.make_node("Sum", ["x", "inside", "outside", "chosen"], ["y"]),
+    ]
+    inputs = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, [4]),
+        helper.make_tensor_value_info("which", TensorProto.BOOL, []),
+    ]
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, [4])
+    graph = helper.make_graph(nodes, "tiny", inputs, [output], [inside, outside])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+
+
+def test_a_sound_onnx_file_passes(tmp_path: Path) -> None:
+    """As ONNX Runtime reads it."""
+    model = tiny_onnx(tmp_path)
+    onnx.save(model, tmp_path / "tiny.onnx")
+    check_onnx(tmp_path / "tiny.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "tiny.onnx"), providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {"x": np.zeros(4, dtype=np.float32), "which": np.array(True)})
+    assert y.tolist() == [5, 6, 7, 8]
+
+
+def place(**entries: str) -> Callable[[onnx.ModelProto], None]:
+    """Says something else of where the tensor outside the file lies."""
+
+    def change(model: onnx.ModelProto) -> None:
+        for entry in model.graph.initializer[1].external_data:
+            entry.value = entries.get(entry.key, entry.value)
+
+    return change
+
+
+def deep_graphs() -> bytes:
+    """Graphs in branches of graphs, two hundred levels: more than protocol buffers hold in one another."""
+
+    def field(number: int, content: bytes) -> bytes:
+        length, digits = len(content), []
+        while length > 127:
+            digits.append(length & 127 | 128)
+            length >>= 7
+        return bytes([number << 3 | 2, *digits, length]) + content
+
+    graph = b""
+    for _ in range(200):
+        graph = field(1, field(5, field(6, graph)))  # a node's attribute's graph
+    return field(7, graph)
+
+
+@pytest.mark.parametrize(
+    ("harm", "in_sentence"),
+    [
+        (place(location="../w.bin"), r"names '\.\./w\.bin', which is no file of this folder"),
+        (place(location="/etc/passwd"), "names '/etc/passwd', which is no file of this folder"),
+        (place(location="missing"), "names 'missing', which is no file of this folder"),
+        (place(location=""), "names '', which is no file of this folder"),
+        (place(offset="17"), "the tensor 'outside' does not fit its shape or type"),
+        (place(offset="-16"), "the tensor 'outside' does not fit"),
+        (place(offset="x"), "the tensor 'outside' does not fit"),
+        (place(length="9" * 30), "the tensor 'outside' does not fit"),
+        (lambda m: m.graph.initializer[1].dims.append(2**40), "the tensor 'outside' does not fit"),
+        (lambda m: m.graph.initializer[0].dims.extend([2**40] * 4), "the tensor 'inside' does not fit"),
+        (lambda m: m.graph.initializer[0].dims.append(-1), "the tensor 'inside' does not fit"),
+        (lambda m: setattr(m.graph.initializer[0], "data_type", 99), "the tensor 'inside' does not fit"),
+        (
+            lambda m: m.graph.node[0].attribute[0].g.initializer[0].dims.append(3),
+            "the tensor '(then|else)_value' does not fit",
+        ),
+        (
+            lambda m: m.graph.initializer.add(name="z", data_type=1, dims=[2**30], float_data=[1.0]),
+            "the tensor 'z' does not fit",
+        ),
+        (lambda m: m.graph.sparse_initializer.add(dims=[2**50]), "holds sparse tensors"),
+        (
+            lambda m: setattr(m.graph.input[0].type.tensor_type.shape.dim[0], "dim_value", 2**40),
+            "the input 'x' is larger than any model's",
+        ),
+        (lambda m: m.graph.ClearField("node"), "is no ONNX file"),
+    ],
+)
+def test_onnx_files_that_lie(tmp_path: Path, harm: Callable[[Any], Any], in_sentence: str) -> None:
+    model = tiny_onnx(tmp_path)
+    harm(model)
+    path = tmp_path / "tiny.onnx"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ExportError, match=rf"tiny\.onnx: {in_sentence}"):
+        check_onnx(path)
+
+
+def test_what_is_no_onnx_file(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.onnx"
+    for data in (b"", b"not a graph", tiny_onnx(tmp_path).SerializeToString()[:-50], deep_graphs()):
+        path.write_bytes(data)
+        with pytest.raises(ExportError, match="is no ONNX file"):
+            check_onnx(path)
+
+
 def index(folder: Path, names: Any) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
 
@@ -192,8 +310,6 @@ def test_what_the_hub_cache_links_to_is_let_through(tmp_path: Path, tiny_model_d
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small GGUF file by the format's own writer."""
-    import numpy as np
-
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     writer = GGUFWriter(path, "llama")
     writer.add_context_length(512)

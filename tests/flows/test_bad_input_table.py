@@ -90,6 +90,16 @@ TABLE = (
         "unknown key nonsense; remove it or correct its spelling (docs/guide.md lists all keys).",
     ),
     key(
+        "two\nlines \u2028",
+        1,
+        "unknown key two\\nlines \\u2028; remove it or correct its spelling (docs/guide.md lists all keys).",
+    ),
+    key(
+        "long" * 100,
+        1,
+        f"unknown key {('long' * 50)[:197]}...; remove it or correct its spelling (docs/guide.md lists all keys).",
+    ),
+    key(
         "accept_licence_conflict",
         "",
         "accept_licence_conflict: string should have at least 1 character, not ''.",
@@ -230,8 +240,14 @@ TABLE = (
     key(
         "distill.learning_rate",
         float("nan"),
-        "distill.learning_rate: input should be less than or equal to 1, not nan.",
+        "distill.learning_rate: input should be a finite number, not nan.",
     ),
+    key(
+        "validate.default.mean_kl",
+        float("inf"),
+        "validate.default.mean_kl: input should be a finite number, not inf.",
+    ),
+    key("bench.timeout_s", float("inf"), "bench.timeout_s: input should be a finite number, not inf."),
     key(
         "distill.objective",
         "hope",
@@ -440,6 +456,17 @@ TABLE = (
         "{here}/r/manifest.json: is missing or no manifest of martlet; give a release folder.",
         files=(("r/manifest.json", "[]"),),
     ),
+    line("sign {here}/r", "--key is missing; give an SSH key (ssh-keygen -t ed25519 makes one)."),
+    line(
+        "sign {here}/r --key {here}/text.txt",
+        "{here}/r/manifest.json: is missing or no manifest of martlet; give a release folder.",
+    ),
+    line(
+        "verify {here}/r --signed-by {here}/nobody",
+        "manifest.json: does not say what the release was made from (no `inputs`). (2 more.)",
+        files=(("r/manifest.json", '{"schema": "martlet-manifest-1", "files": {}}'),),
+        code=1,
+    ),
     line(
         "verify {here}/r",
         "{here}/r/../../x: lies outside the release. (2 more.)",
@@ -447,6 +474,20 @@ TABLE = (
             (
                 "r/manifest.json",
                 '{"schema": "martlet-manifest-1", "files": {"../../x": {"sha256": "", "bytes": 0}}}',
+            ),
+        ),
+        code=1,
+    ),
+    line(
+        "verify {here}/r",
+        "manifest.json: inputs.packages.\\ud800: has no SHA-256. (1 more.)",
+        files=(
+            (
+                "r/manifest.json",
+                '{"schema": "martlet-manifest-1", "files": {}, "inputs": {'
+                + "".join(f'"{part}": {{"sha256": "{"0" * 64}"}}, ' for part in ("recipe", "teacher", "code"))
+                + f'"data": {{"text": {{"sha256": "{"0" * 64}"}}, "chats": {{"sha256": "{"0" * 64}"}}}}, '
+                + r'"packages": {"\ud800": {}}}}',
             ),
         ),
         code=1,

@@ -1,6 +1,8 @@
 """The whole flow on a tiny model: every stage real, a gate that bites, and nothing computed twice."""
 
+import base64
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -9,16 +11,21 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import anyio
 import pytest
 import yaml
-from prefect import flow
+from prefect import flow, task
+from prefect.client.schemas.sorting import ArtifactSort
 
+from export.processes import run_logged
 from flows import distill_and_ship
-from flows.distill_and_ship import stage_names
+from flows.distill_and_ship import logging_children, stage_names
 from pipeline.errors import GateFailed, Unreachable, UserError
 from pipeline.recipe import load_recipe
+
+SECRET = "hf_notToBeSeenAnywhere"
 
 
 def test_ship_fails_at_a_gate_then_goes_on_and_computes_nothing_twice(
@@ -27,7 +34,10 @@ def test_ship_fails_at_a_gate_then_goes_on_and_computes_nothing_twice(
     tiny_recipe: dict[str, Any],
     write_recipe: Callable[[dict[str, Any]], Path],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+
     def ship() -> tuple[int, str, str]:
         recipe = write_recipe(tiny_recipe)
         return martlet(
@@ -76,7 +86,17 @@ def test_ship_fails_at_a_gate_then_goes_on_and_computes_nothing_twice(
     states, artifacts = anyio.run(what_prefect_knows)
     assert states["Completed"] >= 2
     assert any("mean_kl" in message for message in states["Failed"])
-    assert {"fidelity", "device", "release"} <= artifacts
+    assert {"fidelity", "device", "release", "progress", "files"} <= set(artifacts)
+    assert artifacts["progress"] == 100
+    kind, _, picture = artifacts["files"].partition(",")
+    assert kind == "data:image/svg+xml;base64"
+    assert ElementTree.fromstring(base64.b64decode(picture)).tag == "{http://www.w3.org/2000/svg}svg"
+
+    assert SECRET not in out + err
+    kept = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert logs / "export-gguf.log" in kept
+    for path in kept:
+        assert SECRET.encode() not in path.read_bytes(), path
 
 
 def evaluate_both(martlet: Callable[..., tuple[int, str, str]], release: Path, tmp_path: Path) -> None:
@@ -89,8 +109,8 @@ def evaluate_both(martlet: Callable[..., tuple[int, str, str]], release: Path, t
         rows = json.loads(out.splitlines()[-1])["results"]
         said[file] = {(row["task"], row["metric"]): row["value"] for row in rows}
     tasks = {("held_out_text", "bits_per_byte"), ("held_out_chats", "bits_per_byte")}
-    for task in tasks:
-        assert said["q8_0"][task] == pytest.approx(said["Tiny-Instruct"][task], rel=0.02)
+    for each in tasks:
+        assert said["q8_0"][each] == pytest.approx(said["Tiny-Instruct"][each], rel=0.02)
     report = json.loads((release / "report.json").read_text(encoding="utf-8"))
     shown = {(row["file"].rsplit("/", 1)[-1], row["task"], row["metric"]) for row in report["evaluations"]}
     assert {(name, *task) for name in ("Tiny-Instruct", "tiny-instruct-q8_0.gguf") for task in tasks} <= shown
@@ -194,6 +214,26 @@ def test_a_hub_that_does_not_answer_is_asked_again(
         assert len(calls) == 1
 
 
+def test_what_child_processes_say_is_in_the_log_of_their_task(
+    prefect_server: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    @task
+    def convert() -> None:
+        run_logged([sys.executable, "-c", "print('two tensors of three')"])
+
+    @flow
+    @logging_children()
+    def one_stage() -> None:
+        convert()
+
+    with caplog.at_level(logging.INFO, "prefect.task_runs"):
+        one_stage()
+        run_logged([sys.executable, "-c", "print('afterwards')"])
+    (record,) = [record for record in caplog.records if "two tensors of three" in record.getMessage()]
+    assert record.task_run_name.startswith("convert")
+    assert "afterwards" not in caplog.text
+
+
 HUB_SCRIPT = """
 import sys
 from pathlib import Path
@@ -272,13 +312,15 @@ def test_which_failures_of_a_hub_may_be_mended(
     assert finished.stdout.split() == [kind] * 3, finished.stderr
 
 
-async def what_prefect_knows() -> tuple[dict[str, Any], set[str | None]]:
-    """Flow runs' states (completed: how many, failed: messages) and the keys of all artifacts."""
+async def what_prefect_knows() -> tuple[dict[str, Any], dict[str | None, Any]]:
+    """Flow runs' states (completed: how many, failed: messages) and what the latest artifact of each key
+    holds."""
     from prefect import get_client
 
     async with get_client() as client:
         runs = await client.read_flow_runs()
-        artifacts = await client.read_artifacts()
+        artifacts = await client.read_artifacts(sort=ArtifactSort.CREATED_DESC)
     messages = [run.state.message or "" for run in runs if run.state and run.state.name == "Failed"]
     completed = sum(run.state is not None and run.state.name == "Completed" for run in runs)
-    return {"Completed": completed, "Failed": messages}, {artifact.key for artifact in artifacts}
+    latest = {artifact.key: artifact.data for artifact in reversed(artifacts)}
+    return {"Completed": completed, "Failed": messages}, latest

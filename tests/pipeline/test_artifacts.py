@@ -128,6 +128,18 @@ def test_an_input_that_was_only_touched_is_read_again(store: Store) -> None:
     store.get_or_make("answer", 1, {}, {"greeting": first}, make)
 
 
+@pytest.mark.parametrize("name", ["a" * 256, "a/" * 600 + "a", "a\nb", "\ud800", "../x", "/etc/hostname", ""])
+def test_names_that_no_stage_gives_its_files(store: Store, name: str) -> None:
+    """In a manifest that says nothing of itself, as earlier versions wrote them."""
+    made = store.get_or_make("greet", 1, {}, {}, write_greeting)
+    manifest = made.manifest()
+    del manifest["manifest_sha256"]
+    manifest["files"][name] = {"sha256": "0" * 64, "bytes": 5}
+    (made.path / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    assert damage(made.path) == f"{made.path / MANIFEST} is missing or damaged"
+    assert not store.get_or_make("greet", 1, {}, {}, write_greeting).cached
+
+
 def test_failed_stage_leaves_nothing_but_its_work(store: Store) -> None:
     def fail(output: Path, work: Path) -> None:
         (output / "half.bin").write_text("half")

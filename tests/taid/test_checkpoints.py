@@ -1,6 +1,8 @@
-"""Checkpoints whose files a crash cut short, left out or left unwritten are passed over."""
+"""Checkpoints whose files a crash cut short, left out or left unwritten, or of which a bit has flipped, are
+passed over."""
 
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,7 @@ STEPS, EVERY = 6, 2
 
 
 def trainer(folder: Path) -> DistillationTrainer:
-    """A model whose files are long enough not to be digested whole."""
+    """A model whose files are longer than what is read at a time."""
     torch.manual_seed(0)
     shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=2048, attention_dropout=0.2, **shape))
@@ -60,7 +62,14 @@ def never_written(path: Path) -> None:
     path.write_bytes(data)
 
 
-HARMS = (cut, never_written, Path.unlink)
+def flipped(path: Path) -> None:
+    """One bit in the middle."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+HARMS = (cut, never_written, flipped, Path.unlink)
 
 
 @pytest.mark.parametrize("harm", HARMS)
@@ -69,17 +78,17 @@ def test_a_damaged_checkpoint_is_passed_over(
 ) -> None:
     folder = shutil.copytree(trained, tmp_path / "copy")
     newest, before = (folder / f"checkpoint-{step}" for step in (STEPS, STEPS - EVERY))
-    recorded = json.loads((newest / "digests.json").read_text(encoding="utf-8"))
+    recorded = json.loads((newest / "checksums.json").read_text(encoding="utf-8"))
     files = {path.relative_to(newest).as_posix() for path in newest.rglob("*") if path.is_file()}
-    assert set(recorded) == files - {"digests.json"}
-    assert max(size for size, _ in recorded.values()) > 1 << 20, "no file is digested in part"
+    assert set(recorded) == files - {"checksums.json"}
+    assert max(size for size, _ in recorded.values()) > 1 << 20, "no file is longer than a piece"
     for name in sorted(files):
         lines: list[str] = []
         sound = (newest / name).read_bytes()
         harm(newest / name)
         found = last_complete_checkpoint(folder, lines.append)
         (newest / name).write_bytes(sound)
-        if name == "digests.json" and harm is Path.unlink:
+        if name == "checksums.json" and harm is Path.unlink:
             # As an earlier version left it.
             assert (found, lines) == (newest, []), name
             continue
@@ -92,6 +101,22 @@ def test_a_damaged_checkpoint_is_passed_over(
     for step in range(EVERY, STEPS + 1, EVERY):
         harm(folder / f"checkpoint-{step}" / "optimizer.pt")
     assert last_complete_checkpoint(folder) is None
+
+
+def test_every_flipped_bit_is_found(tmp_path: Path, trained: Path) -> None:
+    """CRC-32 promises it; bits all over the longest file and all of the shortest one bear it out."""
+    folder = shutil.copytree(trained / f"checkpoint-{STEPS}", tmp_path / f"checkpoint-{STEPS}")
+    files = sorted((path for path in folder.iterdir()), key=lambda path: path.stat().st_size)
+    chance = random.Random(0)
+    for path, bits in ((files[-1], None), (files[0], range(8 * files[0].stat().st_size))):
+        sound = path.read_bytes()
+        for bit in bits or [chance.randrange(8 * len(sound)) for _ in range(200)]:
+            data = bytearray(sound)
+            data[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(data)
+            assert last_complete_checkpoint(tmp_path) is None, (path, bit)
+        path.write_bytes(sound)
+    assert last_complete_checkpoint(tmp_path) == folder
 
 
 def test_going_on_from_the_one_before_ends_in_the_same_weights(tmp_path: Path, trained: Path) -> None:
