@@ -68,7 +68,7 @@ def run(store: Store, recipe: Recipe, teacher: Artifact, student: Artifact, chat
                 packing=False,
                 completion_only_loss=False,
                 dataset_kwargs={"skip_prepare_dataset": True},
-                gradient_checkpointing=False,
+                activation_checkpointing=False,
                 average_tokens_across_devices=True,
             ),
             train_dataset=Dataset.from_list(

@@ -110,11 +110,11 @@ class ProgressLines(TrainerCallback):
             return
         done = state.global_step - self.first_step
         left = (time.monotonic() - self.started) / max(done, 1) * (state.max_steps - state.global_step)
-        figures = [f"loss {logs['loss']:.3f}"]
+        # The rate first: the end of a line is what a narrow terminal cuts.
+        figures = [f"{logs['tokens_per_second']:.0f} tok/s"] if "tokens_per_second" in logs else []
+        figures.append(f"loss {logs['loss']:.3f}")
         if "t" in logs:
             figures.append(f"t {logs['t']:.2f}")
-        if "tokens_per_second" in logs:
-            figures.append(f"{logs['tokens_per_second']:.0f} tok/s")
         self.report(
             Progress(self.label, state.global_step, state.max_steps, "steps", ", ".join(figures), left)
         )
