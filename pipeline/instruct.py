@@ -86,7 +86,7 @@ def run(store: Store, recipe: Recipe, teacher: Artifact, student: Artifact, chat
             peft_config=lora,
             callbacks=[
                 ProgressLines(STAGE, store.report),
-                *reporting(recipe, STAGE, work, store.root / "logs"),
+                *reporting(recipe, STAGE, work, store.root / "logs", store.report),
             ],
         )
         train(trainer, work, "instruct", store.report)
