@@ -21,6 +21,14 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
 
 
+def sections(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    yield prefix, model
+    for name, field in model.model_fields.items():
+        for candidate in (field.annotation, *typing.get_args(field.annotation)):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                yield from sections(candidate, f"{prefix}{field.alias or name}.")
+
+
 def recipe_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
         key = prefix + (field.alias or name)
@@ -37,6 +45,17 @@ def recipe_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 def test_the_guide_lists_exactly_the_keys_of_a_recipe() -> None:
     listed = re.findall(r"^\| `([a-z0-9_.]+)` \|", GUIDE, flags=re.MULTILINE)
     assert listed == list(recipe_keys(Recipe))
+
+
+def test_every_key_has_a_meaning_and_the_guide_says_the_same() -> None:
+    cells = [line.strip("| ").split(" | ") for line in GUIDE.splitlines() if line.startswith("| `")]
+    told = {row[0].strip("` "): row[-1].strip() for row in cells}
+    for path, section in sections(Recipe):
+        for name, field in section.model_fields.items():
+            key = f"{path}{field.alias or name}"
+            assert field.description, f"{key} has no description"
+            if key in told:
+                assert told[key] == field.description.replace("||", "//").replace("``", "`")
 
 
 def test_the_guide_lists_every_command() -> None:
