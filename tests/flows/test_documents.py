@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import textwrap
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,14 +98,14 @@ PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONT
 
 
 def blocks(language: str) -> list[Any]:
-    """The fenced blocks of a language on all pages, each named by its page and place."""
+    """The fenced blocks of a language on all pages, those in lists too, each named by its page and place."""
     found = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         for number, block in enumerate(
-            re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+            re.findall(rf"^ *```{language}\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
         ):
-            found.append(pytest.param(block, id=f"{page.relative_to(ROOT)}-{number}"))
+            found.append(pytest.param(textwrap.dedent(block), id=f"{page.relative_to(ROOT)}-{number}"))
     return found
 
 
@@ -134,8 +135,8 @@ def test_yaml_of_the_pages_is_a_recipe_or_a_part_of_one(block: str, tmp_path: Pa
 def test_commands_of_the_pages_exist(page: Path) -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     text = page.read_text(encoding="utf-8")
-    for block in re.findall(r"^```(?:sh)?\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
+    for block in re.findall(r"^ *```(?:sh)?\n(.*?)^ *```", text, flags=re.MULTILINE | re.DOTALL):
+        for line in textwrap.dedent(block).replace("\\\n", " ").splitlines():
             if line.startswith("martlet "):
                 name, *arguments = shlex.split(line, comments=True)[1:]
                 commands[name].make_context(name, arguments)
