@@ -305,7 +305,9 @@ def choose(
     if as_json:
         print(json.dumps({**choice, "picture": None if picture is None else str(picture)}))
     else:
-        show_choice(choice)
+        show_choice(choice, release)
+        if picture is not None:
+            Console().print(f"Picture: {picture}", soft_wrap=True)
     if choice["ship"] is None:
         raise GateFailed(f"{release}: none of its {len(choice['files'])} files fits; raise a budget.")
 
@@ -683,30 +685,35 @@ def show_release(result: dict[str, Any], with_stages: bool) -> None:
     console.print(f"Talk:    martlet chat {result['release']}", soft_wrap=True)
 
 
-def show_choice(choice: dict[str, Any]) -> None:
+def show_choice(choice: dict[str, Any], release: Path) -> None:
     """The files on the front, why the others are not, and the one to ship."""
     from pipeline.pages import readable_number
 
     console = Console()
-    where = "" if choice["threads"] is None else f", {choice['threads']} threads on {choice['machine']}"
+    threads = choice["threads"]
+    where = "" if threads is None else f", {threads} thread{'s' * (threads != 1)} on {choice['machine']}"
     table = Table(title=f"Files by size{where}", title_justify="left")
     table.add_column("file", overflow="fold")
-    for heading in ("MB", "mean KL", "tokens/s", "peak MB", "front", ""):
-        table.add_column(heading, justify="left" if heading in ("front", "") else "right", no_wrap=True)
+    for heading in ("MB", "mean KL", "tokens/s", "peak MB"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("")
     for file in choice["files"]:
         speed, memory = file["decode_tokens_per_s"], file["peak_rss_bytes"]
+        front = "no other beats it" if file["on_front"] else ""
         table.add_row(
-            file["file"],
+            f"{file['format']} {file['quantization']}",
             f"{file['bytes'] / 1e6:.1f}",
             readable_number(file["mean_kl"]),
             readable_number(speed) + ("" if speed is None or file["reliable"] else " ?"),
             "" if memory is None else f"{memory / 1e6:.0f}",
-            "yes" if file["on_front"] else "",
-            "ship this" if file["file"] == choice["ship"] else file["why_not"] or "",
+            "ship this" if file["file"] == choice["ship"] else file["why_not"] or front,
         )
     console.print(table)
     if any(file["reliable"] is False for file in choice["files"]):
         console.print("? the machine was busy while this was timed.")
+    if choice["ship"] is not None:
+        path = next(iter(release.rglob(choice["ship"])), None)
+        console.print(f"Ship:    {choice['ship'] if path is None else path}", soft_wrap=True)
 
 
 def show_evaluation(facts: dict[str, Any]) -> None:
