@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from flows.command_line import app
-from pipeline.pages import BLUE, ORANGE, svg
+from pipeline.pages import BLUE, FONT_SIZE, ORANGE, svg
 from pipeline.recipe import Recipe
 from taid import AdaptiveInterpolation
 
@@ -91,13 +91,15 @@ def recipe() -> str:
     lines = ["# Recipe", "", "Generated from the classes that check a recipe. Unknown keys are errors."]
     for path, section in sections(Recipe, ""):
         lines += ["", f"## {path or 'The recipe itself'}", "", (section.__doc__ or "").strip(), ""]
-        lines += ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
+        lines += ["| key | value | default | meaning |", "| --- | --- | --- | --- |"]
         for name, field in section.model_fields.items():
-            if field.default is not PydanticUndefined:
-                default = json.dumps(_plain(field.default), ensure_ascii=False)
-            else:
-                default = "required" if field.default_factory is None else "depends"
-            cells = (f"`{field.alias or name}`", _type(field.annotation), default, field.description or "")
+            key = field.alias or name
+            cells = (
+                f"`{key}`",
+                _type(field.annotation, f"{path}.{key}" if path else key),
+                _default(field),
+                field.description or "",
+            )
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -113,17 +115,36 @@ def sections(model: type[BaseModel], path: str) -> Iterator[tuple[str, type[Base
                 yield from sections(candidate, f"{path}.{key}" if path else key)
 
 
-def _type(annotation: Any) -> str:
-    if typing.get_origin(annotation) is typing.Literal:
-        return " or ".join(f"`{value}`" for value in typing.get_args(annotation))
-    text = (
-        getattr(annotation, "__name__", str(annotation)) if isinstance(annotation, type) else str(annotation)
-    )
-    return text.replace("pipeline.recipe.", "").replace("typing.", "").replace("NoneType", "None")
+def _type(annotation: Any, path: str) -> str:
+    """What a key takes, in words; a section is a link to its table."""
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"[{path}](#{path.replace('.', '')})"
+    if origin is typing.Literal:
+        return " or ".join(f"`{value}`" for value in inner)
+    if origin is typing.Annotated:
+        return _type(inner[0], path)
+    if origin is list:
+        return f"list of {_type(inner[0], path)}"
+    if origin is dict:
+        return f"mapping to {_type(inner[1], path)}"
+    if inner:  # X | None
+        return f"{_type(inner[0], path)} or nothing"
+    return {"str": "text", "int": "integer", "float": "number", "bool": "`true` or `false`"}[
+        annotation.__name__
+    ]
 
 
-def _plain(value: Any) -> Any:
-    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+def _default(field: Any) -> str:
+    if field.default is PydanticUndefined:
+        if field.default_factory is None:
+            return "required"
+        return "none" if field.default_factory is dict else "depends on the machine"
+    if isinstance(field.default, BaseModel):
+        return "its own"
+    if field.default in (None, "", []):
+        return "none"
+    return f"`{json.dumps(field.default, ensure_ascii=False)}`"
 
 
 def schema_page(schemas: list[Path]) -> str:
@@ -182,8 +203,14 @@ def interpolation_picture() -> str:
             x=altair.X("word:N", sort=words, title=None),
             y=altair.Y("probability:Q", title="probability", axis=altair.Axis(tickCount=4)),
         )
-        .properties(width=130, height=150)
-        .facet(column=altair.Column("t:N", title=None, header=altair.Header(labelColor="currentColor")))
+        .properties(width=190, height=110)
+        # Two beside each other: four would be too small on a phone.
+        .facet(
+            facet=altair.Facet(
+                "t:N", title=None, header=altair.Header(labelColor="currentColor", labelFontSize=FONT_SIZE)
+            ),
+            columns=2,
+        )
     )
     return svg(chart, "The target of TAID for t = 0 (the student), 0.4, 0.7 and 1 (the teacher)")
 

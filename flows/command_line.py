@@ -72,7 +72,7 @@ def welcome(context: typer.Context) -> None:
 def ship(
     recipes: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[RECIPE]...", help=f"Recipes, YAML files; {DEFAULT_RECIPE} if left out."),
+        typer.Argument(metavar="RECIPE", help=f"Recipes, YAML files; {DEFAULT_RECIPE} if left out."),
     ] = None,
     store: Annotated[Path, typer.Option(help="Folder of finished stages.")] = Path("store"),
     release: Annotated[Path, typer.Option(help="Where the release is laid out.")] = Path("release"),
@@ -305,7 +305,9 @@ def choose(
     if as_json:
         print(json.dumps({**choice, "picture": None if picture is None else str(picture)}))
     else:
-        show_choice(choice)
+        show_choice(choice, release)
+        if picture is not None:
+            Console().print(f"Picture: {picture}", soft_wrap=True)
     if choice["ship"] is None:
         raise GateFailed(f"{release}: none of its {len(choice['files'])} files fits; raise a budget.")
 
@@ -588,7 +590,7 @@ def quiet_prefect(store: Path) -> Iterator[None]:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         log = store / "logs" / "prefect.log"
-        with others_muted(log), ending_with_server(log):
+        with others_muted(log), warnings_kept(log.with_name("warnings.log")), ending_with_server(log):
             yield
     except (UserError, ExportError, GateFailed):
         raise
@@ -638,6 +640,25 @@ def others_muted(log: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def warnings_kept(log: Path) -> Iterator[None]:
+    """Writes Python's warnings into a file: libraries speak to programmers in them, not to who watches."""
+    logger = logging.getLogger("py.warnings")
+    handler = logging.FileHandler(log, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s"))
+    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk has its own sentence
+    propagated, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        logger.removeHandler(handler)
+        logger.propagate = propagated
+        handler.close()
+
+
+@contextlib.contextmanager
 def progress_shown(
     plans: list[Any], recipes: list[Path], store: Path, release: Path, quiet: bool
 ) -> Iterator[bool]:
@@ -657,7 +678,7 @@ def progress_shown(
                 from flows.distill_and_ship import stage_names
                 from flows.live_view import LiveView
 
-            foot = f"release: {release}   stages: {store}   logs: {store / 'logs'}"
+            foot = [f"release: {release}", f"stages: {store}", f"logs: {store / 'logs'}"]
             view = LiveView(console, f"{plans[0].name}  ({recipes[0]})", stage_names(plans[0]), foot)
             handler = stack.enter_context(view)
         progress.addHandler(handler)
@@ -669,6 +690,8 @@ def progress_shown(
 
 def show_release(result: dict[str, Any], with_stages: bool) -> None:
     """The stages with their times, where the live view has not shown them, and where the release is."""
+    from pipeline.pages import readable_number
+
     console = Console()
     if with_stages:
         table = Table(title="Stages", title_justify="left")
@@ -688,8 +711,8 @@ def show_release(result: dict[str, Any], with_stages: bool) -> None:
         table.add_row(
             file["file"],
             f"{file['bytes'] / 1e6:.1f}",
-            f"{file['mean_kl']:.4f}",
-            "" if speed is None else f"{speed:.1f}",
+            readable_number(file["mean_kl"]),
+            readable_number(speed),
         )
     console.print(table)
     console.print(f"Release: {result['release']}", soft_wrap=True)
@@ -697,28 +720,35 @@ def show_release(result: dict[str, Any], with_stages: bool) -> None:
     console.print(f"Talk:    martlet chat {result['release']}", soft_wrap=True)
 
 
-def show_choice(choice: dict[str, Any]) -> None:
+def show_choice(choice: dict[str, Any], release: Path) -> None:
     """The files on the front, why the others are not, and the one to ship."""
+    from pipeline.pages import readable_number
+
     console = Console()
-    where = "" if choice["threads"] is None else f", {choice['threads']} threads on {choice['machine']}"
+    threads = choice["threads"]
+    where = "" if threads is None else f", {threads} thread{'s' * (threads != 1)} on {choice['machine']}"
     table = Table(title=f"Files by size{where}", title_justify="left")
     table.add_column("file", overflow="fold")
-    for heading in ("MB", "mean KL", "tokens/s", "peak MB", "front", ""):
-        table.add_column(heading, justify="left" if heading in ("front", "") else "right", no_wrap=True)
+    for heading in ("MB", "mean KL", "tokens/s", "peak MB"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("")
     for file in choice["files"]:
         speed, memory = file["decode_tokens_per_s"], file["peak_rss_bytes"]
+        front = "no other beats it" if file["on_front"] else ""
         table.add_row(
-            file["file"],
+            f"{file['format']} {file['quantization']}",
             f"{file['bytes'] / 1e6:.1f}",
-            "" if file["mean_kl"] is None else f"{file['mean_kl']:.4f}",
-            "" if speed is None else f"{speed:.1f}" + ("" if file["reliable"] else " ?"),
+            readable_number(file["mean_kl"]),
+            readable_number(speed) + ("" if speed is None or file["reliable"] else " ?"),
             "" if memory is None else f"{memory / 1e6:.0f}",
-            "yes" if file["on_front"] else "",
-            "ship this" if file["file"] == choice["ship"] else file["why_not"] or "",
+            "ship this" if file["file"] == choice["ship"] else file["why_not"] or front,
         )
     console.print(table)
     if any(file["reliable"] is False for file in choice["files"]):
         console.print("? the machine was busy while this was timed.")
+    if choice["ship"] is not None:
+        path = next(iter(release.rglob(choice["ship"])), None)
+        console.print(f"Ship:    {choice['ship'] if path is None else path}", soft_wrap=True)
 
 
 def show_evaluation(facts: dict[str, Any]) -> None:

@@ -90,7 +90,7 @@ def stage(function: Callable[..., Any], name: str, report: Callable[..., None]) 
         except Unreachable as error:
             tried = runtime.task_run.run_count or 1
             if tried <= len(RETRY_SECONDS):
-                report(f"waiting: {error} It is tried again in {RETRY_SECONDS[tried - 1]} s.")
+                report(f"warning: {error} It is tried again in {RETRY_SECONDS[tried - 1]} s.")
             raise
         finally:
             speaking.reset(token)

@@ -18,10 +18,12 @@ from rich.text import Text
 from pipeline.progress import Progress, readable_seconds
 
 BAR_WIDTH, NARROW_BAR_WIDTH = 18, 8
-NARROW = 80
+NARROW = 100
 """Columns of a screen below which words get the room and not bars."""
-FEW = 3
-"""Rows of a screen that stages leave to the title, the foot and the line below."""
+FEW = 2
+"""Rows of a screen that stages leave to the title and the line below; the foot takes some, too."""
+GAP = "   "
+"""Between pieces of the foot."""
 LABEL = re.compile(r"(?P<name>[^:()]+?)(?: \([^()]*\))?: (?P<rest>.+)", re.DOTALL)
 """What a line begins with where nothing else says which stage it is of."""
 
@@ -43,13 +45,13 @@ class LiveView(logging.Handler):
     new state. Its message may be a ``Progress``, whose numbers become a bar.
     """
 
-    def __init__(self, console: Console, title: str, stages: list[str], foot: str):
+    def __init__(self, console: Console, title: str, stages: list[str], foot: list[str]):
         """
         Args:
             console: where to draw; a terminal.
             title: what is run.
             stages: names of all stages, in order.
-            foot: where results land.
+            foot: where results land, a piece each; a piece that fits no longer begins a new line.
         """
         super().__init__()
         self.console, self.title, self.foot = console, title, foot
@@ -87,7 +89,7 @@ class LiveView(logging.Handler):
                 row.started = time.monotonic()
             else:
                 row.ended = time.monotonic()
-        elif str(record.msg).startswith(("warning", "waiting")) or "\n" in str(record.msg):
+        elif str(record.msg).startswith("warning") or "\n" in str(record.msg):
             # Too much for a row, and worth keeping on the screen.
             self._keep(str(record.msg))
         else:
@@ -121,13 +123,16 @@ class LiveView(logging.Handler):
         head = Table.grid(expand=True, padding=(0, 1))
         head.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
         head.add_column(justify="right")
+        if all(row.state == "waiting" for row in self.rows.values()):
+            elapsed = f"starting, {elapsed}"  # Prefect's server takes its time before the first stage begins
         head.add_row(Text(self.title, style="bold"), Text(elapsed, style="dim"))
         yield head
         table = Table.grid(expand=True, padding=(0, 1))
         table.add_column(width=1)
         table.add_column(no_wrap=True)
         table.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
-        names, done, waiting = self._fitting(console.height)
+        foot = self._foot(options.max_width)
+        names, done, waiting = self._fitting(console.height - len(foot))
         if done:
             table.add_row(Text("✓", style="green"), Text(f"{done} stages"), Text("done", style="dim"))
         for name in names:
@@ -135,7 +140,18 @@ class LiveView(logging.Handler):
         if waiting:
             table.add_row(Text("·", style="dim"), Text(f"{waiting} more", style="dim"), Text(""))
         yield table
-        yield Text(self.foot, style="dim", no_wrap=True, overflow="ellipsis")
+        for line in foot:
+            yield Text(line, style="dim", no_wrap=True, overflow="ellipsis")
+
+    def _foot(self, width: int) -> list[str]:
+        """The foot's pieces in as few lines as hold them."""
+        lines: list[str] = []
+        for piece in self.foot:
+            if lines and len(lines[-1]) + len(GAP) + len(piece) <= width:
+                lines[-1] += GAP + piece
+            else:
+                lines.append(piece)
+        return lines
 
     def _fitting(self, height: int) -> tuple[list[str], int, int]:
         """Stages that have a row of their own, how many done ones and how many later ones are only counted.

@@ -342,7 +342,7 @@ class Store:
 
     @contextlib.contextmanager
     def _only_one(self, final: Path) -> Iterator[None]:
-        waiting = f"waiting: another run is making {final.parent.name} {final.name[:12]}"
+        waiting = f"waiting: {final.parent.name} {final.name[:12]} is being made by another stage or run"
         with locked(final.with_name(final.name + ".lock"), waiting, self.report):
             yield
 

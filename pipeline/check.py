@@ -34,6 +34,11 @@ def check_recipe(recipe: Recipe, path: Path) -> None:
                 f"{path}: report_to: the package {name} is not installed; pip install {name}, or leave it "
                 "out."
             )
+    if "wandb" in recipe.report_to and asks_for_account():
+        raise UserError(
+            f"{path}: report_to: Weights & Biases knows no account here; wandb login, or set "
+            "WANDB_MODE=offline, which keeps the runs in files."
+        )
     matrix = recipe.export.importance_matrix
     if matrix is not None and matrix != CALIBRATION and not Path(matrix).is_file():
         raise UserError(
@@ -58,3 +63,10 @@ def check_recipe(recipe: Recipe, path: Path) -> None:
                 raise UserError(
                     f"{path}: {key}: {model} holds no .safetensors file; martlet reads no pickled weights."
                 )
+
+
+def asks_for_account() -> bool:
+    """Whether Weights & Biases asks for an account when a training begins: it is online, without a key."""
+    import wandb
+
+    return wandb.setup().settings.mode not in ("offline", "disabled", "dryrun") and not wandb.api.api_key

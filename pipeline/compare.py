@@ -482,7 +482,7 @@ def charts(contenders: list[dict[str, Any]]) -> dict[str, Any]:
         for point in entry["runs"][0]["curve"]
     ]
     losses = [point for point in points if point["loss"] is not None]
-    if losses:
+    for name, columns in (("loss", 4), ("loss_narrow", 2)) if losses else ():
         panels = (
             altair.Chart(altair.Data(values=losses))
             .mark_line(strokeWidth=2, color=BLUE)
@@ -492,7 +492,7 @@ def charts(contenders: list[dict[str, Any]]) -> dict[str, Any]:
                     "loss:Q", title=None, scale=altair.Scale(zero=False), axis=altair.Axis(tickCount=3)
                 ),
             )
-            .properties(width=150, height=80)
+            .properties(width=150 if columns == 4 else 130, height=80)
             .facet(
                 facet=altair.Facet(
                     "run:N",
@@ -500,11 +500,11 @@ def charts(contenders: list[dict[str, Any]]) -> dict[str, Any]:
                     title=None,
                     header=altair.Header(labelColor="currentColor", labelFontSize=12),
                 ),
-                columns=4,
+                columns=columns,
             )
             .resolve_scale(y="independent")
         )
-        found["loss"] = svg(panels, TITLES["loss"])
+        found[name] = svg(panels, TITLES["loss"])
     moving = [point for point in points if point["t"] is not None]
     if moving:
         names = [label for label in labels if any(point["run"] == label for point in moving)]
@@ -526,7 +526,7 @@ def charts(contenders: list[dict[str, Any]]) -> dict[str, Any]:
                 ),
                 strokeDash=altair.StrokeDash("run:N", **encoding),
             )
-            .properties(width=390, height=230)
+            .properties(width=320, height=230)
         )
         found["t"] = svg(curve, TITLES["t"])
     return found

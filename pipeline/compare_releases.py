@@ -114,7 +114,7 @@ def render(facts: dict[str, Any]) -> str:
         .get_template("release_comparison.html.jinja")
         .render(
             facts=facts,
-            chart=_chart(facts),
+            charts=_charts(facts),
             title=TITLE,
             measures=MEASURES,
             labels=_labels([release["name"] for release in facts["releases"]]),
@@ -206,7 +206,8 @@ def _labels(names: list[str]) -> list[str]:
     return [f"{name} ({number})" for number, name in enumerate(names, start=1)]
 
 
-def _chart(facts: dict[str, Any]) -> Markup | None:
+def _charts(facts: dict[str, Any]) -> list[Markup]:
+    """KL against size of every file, for a desk and for a phone; none where nothing was measured."""
     labels = _labels([release["name"] for release in facts["releases"]])
     values = [
         {
@@ -221,7 +222,7 @@ def _chart(facts: dict[str, Any]) -> Markup | None:
         if file["bytes"][number] is not None and file["mean_kl"][number] is not None
     ]
     if not values:
-        return None
+        return []
     base = altair.Chart(altair.Data(values=values)).encode(x=size_axis(58), y=kl_axis(14))
     told_apart = by_kind(
         "release",
@@ -230,4 +231,4 @@ def _chart(facts: dict[str, Any]) -> Markup | None:
     )
     marks = base.mark_point(size=80, filled=True, opacity=1).encode(**told_apart)
     layers = altair.LayerChart(layer=[marks, *names_beside(base, "name", 9)])
-    return svg(layers.properties(width=560, height=320), TITLE)
+    return [svg(layers.properties(width=width, height=320), TITLE) for width in (560, 270)]

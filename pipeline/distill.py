@@ -260,7 +260,7 @@ def train_student(
             processing_class=tokenizer,
             callbacks=[
                 ProgressLines(f"distill ({objective})", report),
-                *reporting(recipe, run_name, work, logs),
+                *reporting(recipe, run_name, work, logs, report),
             ],
         )
     except TaidError as error:

@@ -68,7 +68,7 @@ def run(store: Store, recipe: Recipe, teacher: Artifact, student: Artifact, chat
                 packing=False,
                 completion_only_loss=False,
                 dataset_kwargs={"skip_prepare_dataset": True},
-                gradient_checkpointing=False,
+                activation_checkpointing=False,
                 average_tokens_across_devices=True,
             ),
             train_dataset=Dataset.from_list(
@@ -86,7 +86,7 @@ def run(store: Store, recipe: Recipe, teacher: Artifact, student: Artifact, chat
             peft_config=lora,
             callbacks=[
                 ProgressLines(STAGE, store.report),
-                *reporting(recipe, STAGE, work, store.root / "logs"),
+                *reporting(recipe, STAGE, work, store.root / "logs", store.report),
             ],
         )
         train(trainer, work, "instruct", store.report)

@@ -50,7 +50,7 @@ def run(store: Store, recipe: Recipe, student: Artifact, text: Artifact) -> Arti
             processing_class=tokenizer,
             callbacks=[
                 ProgressLines(STAGE, store.report),
-                *reporting(recipe, STAGE, work, store.root / "logs"),
+                *reporting(recipe, STAGE, work, store.root / "logs", store.report),
             ],
         )
         train(trainer, work, "pretrain", store.report)

@@ -51,13 +51,15 @@ class Teacher(Section):
     )
     revision: str | None = Field(None, description="Commit or tag of a Hugging Face name.")
     trust_remote_code: bool = Field(False, description="Run code that the model's repository carries.")
-    licence: str = Field("unknown", description="SPDX identifier, carried into the model cards.")
+    licence: str = Field("unknown", description="SPDX expression, carried into the model cards.")
     cache: Literal["none", "hidden", "sampled"] = Field(
         "hidden",
         description="hidden: the teacher's final hidden states are computed once and reused. sampled: of the "
         "training text, a few sampled tokens of each distribution (small, unbiased, noisier).",
     )
-    cache_dtype: Literal["float32", "bfloat16"] = "float32"
+    cache_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Numbers of the cached hidden states; bfloat16 takes half the disk."
+    )
     cache_samples: int = Field(32, ge=1, description="Tokens that a sampled cache keeps of a position.")
 
 
@@ -72,13 +74,17 @@ class Text(Section):
     text_field: str = Field(
         "text", description="The field of JSON Lines, Parquet and datasets that holds the text."
     )
-    licence: str = "unknown"
+    licence: str = Field("unknown", description="SPDX expression, carried into the model cards.")
     sequence_length: int = Field(256, ge=8, description="Tokens of one packed training sequence.")
     train_tokens: int = Field(
         ge=1, description="Training tokens; fewer if the sources hold fewer is an error."
     )
-    held_out_tokens: int = Field(10_240, ge=1)
-    calibration_tokens: int = Field(4_096, ge=1)
+    held_out_tokens: int = Field(
+        10_240, ge=1, description="Tokens that training never sees and quality is measured on."
+    )
+    calibration_tokens: int = Field(
+        4_096, ge=1, description="Tokens apart from both, by which layers and roundings are chosen."
+    )
 
 
 class Chats(Section):
@@ -89,16 +95,20 @@ class Chats(Section):
         description="Each a .jsonl or .parquet file or dataset:NAME with a `messages` field, "
         "or prompts:NAME for packaged or procedural prompts that the teacher answers.",
     )
-    licence: str = "unknown"
+    licence: str = Field("unknown", description="SPDX expression, carried into the model cards.")
     conversations: int = Field(ge=1, description="Training conversations.")
-    held_out_conversations: int = Field(16, ge=1)
+    held_out_conversations: int = Field(
+        16, ge=1, description="Conversations that tuning never sees and quality is measured on."
+    )
     max_tokens: int = Field(256, ge=16, description="Longer conversations are left out.")
     max_answer_tokens: int = Field(64, ge=1, description="Length of an answer that the teacher writes.")
 
 
 class Data(Section):
-    text: Text
-    chats: Chats
+    """What the student learns from."""
+
+    text: Text = Field(description="Plain text to distil on.")
+    chats: Chats = Field(description="Conversations to tune on.")
 
 
 class Prune(Section):
@@ -111,8 +121,8 @@ class Student(Section):
     """The small model: either an existing one or one pruned from the teacher."""
 
     model: str | None = Field(None, description="Hugging Face name or local folder of an existing student.")
-    revision: str | None = None
-    prune: Prune | None = None
+    revision: str | None = Field(None, description="Commit or tag of a Hugging Face name.")
+    prune: Prune | None = Field(None, description="In place of model: a student made from the teacher.")
 
     @model_validator(mode="after")
     def one_of_both(self) -> Self:
@@ -124,15 +134,21 @@ class Student(Section):
 class Training(Section):
     """What every training stage shares."""
 
-    learning_rate: float = Field(1e-3, gt=0, le=1)
+    learning_rate: float = Field(
+        1e-3, gt=0, le=1, description="Of AdamW, at its highest; then it falls by a cosine."
+    )
     batch_size: int = Field(4, ge=1, description="Sequences of one micro-batch.")
-    gradient_accumulation: int = Field(1, ge=1)
-    epochs: float = Field(1.0, gt=0)
-    warmup_ratio: float = Field(0.05, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    gradient_accumulation: int = Field(1, ge=1, description="Micro-batches of an optimizer step.")
+    epochs: float = Field(1.0, gt=0, description="Passes over the training data.")
+    warmup_ratio: float = Field(
+        0.05, ge=0, lt=1, description="Share of the steps in which the learning rate rises from 0."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Longer gradients are cut to this norm.")
     checkpoint_every: int = Field(25, ge=1, description="Optimizer steps between checkpoints.")
-    freeze_embeddings: bool = False
+    freeze_embeddings: bool = Field(
+        False, description="Embedding and tied head stay as they are: less to train, less to forget."
+    )
 
 
 class Generations(Section):
@@ -145,7 +161,7 @@ class Generations(Section):
         description="DistiLLM: the share grows when the held-out cross-entropy rises, and more and more "
         "batches are replayed instead of written.",
     )
-    share_step: float = Field(0.1, ge=0, le=1)
+    share_step: float = Field(0.1, ge=0, le=1, description="What an adaptive share grows by.")
     tolerance: float = Field(0.1, ge=0, description="The rise of the cross-entropy that counts, in nats.")
     capacity: int = Field(1000, ge=1, description="Continuations that are kept for replay.")
 
@@ -165,12 +181,14 @@ class Distill(Training):
         "adaptive_kl",
         "decoupled_kd",
         "curriculum_temperature",
-    ] = "taid"
-    t_start: float = Field(0.4, ge=0, le=1)
-    t_end: float = Field(1.0, ge=0, le=1)
-    alpha: float = Field(5e-4, ge=0)
-    beta: float = Field(0.99, ge=0, lt=1)
-    adaptive: bool = True
+    ] = Field("taid", description="What is minimized; docs/papers.md has the formulas.")
+    t_start: float = Field(
+        0.4, ge=0, le=1, description="TAID's t in the first step: 0 is the student itself, 1 the teacher."
+    )
+    t_end: float = Field(1.0, ge=0, le=1, description="Its t in the last step.")
+    alpha: float = Field(5e-4, ge=0, description="How far a falling loss moves t ahead of its line.")
+    beta: float = Field(0.99, ge=0, lt=1, description="Momentum of the loss's relative change.")
+    adaptive: bool = Field(True, description="Whether the loss moves t at all, or the line alone.")
     signal: Literal["loss", "divergence"] = Field(
         "loss",
         description="What moves t: the loss, or KL(p_t || student), which is the loss less p_t's entropy.",
@@ -210,29 +228,37 @@ class Pretrain(Training):
 class Lora(Section):
     """Low-rank adapters, merged into the weights afterwards."""
 
-    rank: int = Field(16, ge=1)
-    alpha: int = Field(32, ge=1)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    rank: int = Field(16, ge=1, description="Of the two matrices that stand for a weight's change.")
+    alpha: int = Field(32, ge=1, description="The change is scaled by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Share of an adapter's inputs left out in training.")
 
 
 class Instruct(Training):
     """Instruction tuning with loss on assistant turns only."""
 
-    lora: Lora | None = None
+    lora: Lora | None = Field(None, description="Train adapters only; without it all weights are trained.")
 
 
 class Export(Section):
     """Formats and quantizations to ship."""
 
-    gguf: list[str] = Field(default=["q8_0", "q5_k_m", "q4_k_m"])
-    mlc: list[str] = Field(default=["q4f32_1"])
+    gguf: list[str] = Field(
+        default=["q8_0", "q5_k_m", "q4_k_m"],
+        description="Quantizations for llama.cpp, beside the f16 that they are made from; [] for none.",
+    )
+    mlc: list[str] = Field(
+        default=["q4f32_1"], description="Quantizations for MLC and WebLLM, a folder each; [] for none."
+    )
     mlc_libraries: list[str] = Field(
         default=["x86_64-cpu"],
         description="What MLC libraries are compiled for: x86_64-cpu (gates and benchmark need it), "
         "aarch64-cpu (an archive of objects to link on or for such a system) and wasm32-webgpu (for WebLLM "
         "in browsers; needs Emscripten and a quantization in float32).",
     )
-    onnx: list[str] = Field(default=["fp32", "int4"])
+    onnx: list[str] = Field(
+        default=["fp32", "int4"],
+        description="Precisions for ONNX Runtime and transformers.js: fp32, fp16, int8, int4; [] for none.",
+    )
     pre_tokenizer: str | None = Field(
         None,
         description="llama.cpp's name of the pre-tokenizer, for one that its converter does not recognise.",
@@ -277,10 +303,12 @@ class Export(Section):
 class Thresholds(Section):
     """A file that misses one of these fails the run."""
 
-    mean_kl: float = Field(gt=0, description="Mean KL(torch || file) in nats per token.")
-    p99_kl: float | None = Field(None, gt=0)
+    mean_kl: float = Field(gt=0, description="Mean KL(torch || file) in nats per token, at most.")
+    p99_kl: float | None = Field(
+        None, gt=0, description="KL of the token at the 99 % quantile; without it that is no gate."
+    )
     same_top: float = Field(
-        0.0, ge=0, le=1, description="Share of tokens whose most likely token is the same."
+        0.0, ge=0, le=1, description="Share of tokens whose most likely token is the same, at least."
     )
     perplexity_ratio: float = Field(1.5, gt=1, description="Perplexity of the file over torch's, at most.")
 
@@ -289,7 +317,7 @@ class Validate(Section):
     """Gates of the exported files."""
 
     tokens: int = Field(2_048, ge=64, description="Held-out tokens that each file is run over.")
-    default: Thresholds = Thresholds(mean_kl=0.25)
+    default: Thresholds = Field(Thresholds(mean_kl=0.25), description="Thresholds of every file.")
     thresholds: dict[str, Thresholds] = Field(
         default_factory=dict, description="By quantization (q4_k_m, q4f32_1, int4, ...) in place of default."
     )
@@ -299,10 +327,10 @@ class Validate(Section):
 class Bench(Section):
     """Measurements of each file in its own runtime and process."""
 
-    threads: int = Field(1, ge=1)
-    prompt_tokens: int = Field(128, ge=1)
-    generated_tokens: int = Field(32, ge=1)
-    repetitions: int = Field(5, ge=1)
+    threads: int = Field(1, ge=1, description="CPU threads of the runtime that is measured.")
+    prompt_tokens: int = Field(128, ge=1, description="Tokens of the prompt, whose speed is prefill's.")
+    generated_tokens: int = Field(32, ge=1, description="Tokens written after it, whose speed is decode's.")
+    repetitions: int = Field(5, ge=1, description="How often it is measured; the report has mean and spread.")
     settle_s: float = Field(
         0.1, ge=0, le=600, description="Seconds of rest between a file's warm-up and what is timed."
     )
@@ -351,29 +379,33 @@ class Recipe(Section):
     name: Annotated[
         str, Field(pattern=NAME_PATTERN, description="NAME of the release folder's NAME-Instruct etc.")
     ]
-    description: str = ""
+    description: str = Field("", description="One sentence for the model cards and the report.")
     accept_licence_conflict: str | None = Field(
         None,
         min_length=1,
         description="Why licences that exclude each other may be mixed all the same; the cards show it.",
     )
-    seed: int = Field(0, ge=0, lt=2**32)
-    threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
+    seed: int = Field(0, ge=0, lt=2**32, description="Of every random choice: shuffling, sampling, training.")
+    threads: int = Field(
+        default_factory=lambda: os.cpu_count() or 1,
+        ge=1,
+        description="CPU threads of answers, exports and gates; measurements have bench.threads.",
+    )
     report_to: list[Literal["tensorboard", "wandb"]] = Field(
         default=[],
         description="Where distill, pretrain and instruct log to as well: tensorboard (event files in "
-        "store/logs/tensorboard), wandb. The packages must be installed.",
+        "store/logs/tensorboard), wandb.",
     )
-    teacher: Teacher
-    data: Data
-    student: Student
-    distill: Distill = Distill()
-    launch: Launch | None = None
-    pretrain: Pretrain | None = None
-    instruct: Instruct
-    export: Export = Export()
-    validate_: Validate = Field(Validate(), alias="validate")
-    bench: Bench = Bench()
+    teacher: Teacher = Field(description="The big model.")
+    data: Data = Field(description="What the student learns from.")
+    student: Student = Field(description="The small model.")
+    distill: Distill = Field(Distill(), description="Distillation.")
+    launch: Launch | None = Field(None, description="Several devices; without it one process trains.")
+    pretrain: Pretrain | None = Field(None, description="More text after distillation; without it none.")
+    instruct: Instruct = Field(description="Instruction tuning.")
+    export: Export = Field(Export(), description="Formats and quantizations to ship.")
+    validate_: Validate = Field(Validate(), alias="validate", description="Gates of the exported files.")
+    bench: Bench = Field(Bench(), description="Measurements of the exported files.")
 
     @model_validator(mode="after")
     def student_of_known_code(self) -> Self:

@@ -48,7 +48,9 @@ def training_values(section: Training, work: Path, seed: int, run_name: str) -> 
     }
 
 
-def reporting(recipe: Recipe, run_name: str, work: Path, logs: Path) -> list[TrainerCallback]:
+def reporting(
+    recipe: Recipe, run_name: str, work: Path, logs: Path, report: Callable[[str], None]
+) -> list[TrainerCallback]:
     """The Trainer's own integrations that the recipe's ``report_to`` names.
 
     Args:
@@ -57,6 +59,7 @@ def reporting(recipe: Recipe, run_name: str, work: Path, logs: Path) -> list[Tra
         work: where its checkpoints are; a run that goes on from there goes on in the same event folder.
         logs: folder of logs. TensorBoard's event files go into ``tensorboard/RUN-KEY`` below it, W&B's local
             files, unless its own variables say otherwise, into ``wandb``.
+        report: receives a line that says where W&B has the run.
     """
     callbacks: list[TrainerCallback] = []
     if "tensorboard" in recipe.report_to:
@@ -67,12 +70,29 @@ def reporting(recipe: Recipe, run_name: str, work: Path, logs: Path) -> list[Tra
         logs.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("WANDB_DIR", str(logs))
         os.environ.setdefault("WANDB_PROJECT", "martlet")
-        callbacks.append(OneRunATraining())
+        # Its summaries are screens long and would break the live view, which it would record, too; what fails
+        # here is no business of its developers, unless somebody wants that.
+        os.environ.setdefault("WANDB_SILENT", "true")
+        os.environ.setdefault("WANDB_CONSOLE", "off")
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        callbacks.append(OneRunATraining(run_name, report))
     return callbacks
 
 
 class OneRunATraining(WandbCallback):
     """W&B's run ends with the training, or the next stage in this process would go on in it."""
+
+    def __init__(self, label: str, report: Callable[[str], None]):
+        super().__init__()
+        self.label, self.report = label, report
+
+    def on_train_begin(self, *arguments: Any, **keywords: Any) -> None:
+        """Begins the run and says where it is."""
+        import wandb
+
+        super().on_train_begin(*arguments, **keywords)
+        if wandb.run is not None:
+            self.report(f"{self.label}: W&B run {wandb.run.url or Path(wandb.run.dir).parent}")
 
     def on_train_end(self, *arguments: Any, **keywords: Any) -> None:
         """Ends the run."""
@@ -110,11 +130,11 @@ class ProgressLines(TrainerCallback):
             return
         done = state.global_step - self.first_step
         left = (time.monotonic() - self.started) / max(done, 1) * (state.max_steps - state.global_step)
-        figures = [f"loss {logs['loss']:.3f}"]
+        # The rate first: the end of a line is what a narrow terminal cuts.
+        figures = [f"{logs['tokens_per_second']:.0f} tok/s"] if "tokens_per_second" in logs else []
+        figures.append(f"loss {logs['loss']:.3f}")
         if "t" in logs:
             figures.append(f"t {logs['t']:.2f}")
-        if "tokens_per_second" in logs:
-            figures.append(f"{logs['tokens_per_second']:.0f} tok/s")
         self.report(
             Progress(self.label, state.global_step, state.max_steps, "steps", ", ".join(figures), left)
         )

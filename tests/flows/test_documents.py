@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import textwrap
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,14 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
 
 
+def sections(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    yield prefix, model
+    for name, field in model.model_fields.items():
+        for candidate in (field.annotation, *typing.get_args(field.annotation)):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                yield from sections(candidate, f"{prefix}{field.alias or name}.")
+
+
 def recipe_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
         key = prefix + (field.alias or name)
@@ -37,6 +46,17 @@ def recipe_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 def test_the_guide_lists_exactly_the_keys_of_a_recipe() -> None:
     listed = re.findall(r"^\| `([a-z0-9_.]+)` \|", GUIDE, flags=re.MULTILINE)
     assert listed == list(recipe_keys(Recipe))
+
+
+def test_every_key_has_a_meaning_and_the_guide_says_the_same() -> None:
+    cells = [line.strip("| ").split(" | ") for line in GUIDE.splitlines() if line.startswith("| `")]
+    told = {row[0].strip("` "): row[-1].strip() for row in cells}
+    for path, section in sections(Recipe):
+        for name, field in section.model_fields.items():
+            key = f"{path}{field.alias or name}"
+            assert field.description, f"{key} has no description"
+            if key in told:
+                assert told[key] == field.description.replace("||", "//").replace("``", "`")
 
 
 def test_the_guide_lists_every_command() -> None:
@@ -78,14 +98,14 @@ PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONT
 
 
 def blocks(language: str) -> list[Any]:
-    """The fenced blocks of a language on all pages, each named by its page and place."""
+    """The fenced blocks of a language on all pages, those in lists too, each named by its page and place."""
     found = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         for number, block in enumerate(
-            re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+            re.findall(rf"^ *```{language}\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
         ):
-            found.append(pytest.param(block, id=f"{page.relative_to(ROOT)}-{number}"))
+            found.append(pytest.param(textwrap.dedent(block), id=f"{page.relative_to(ROOT)}-{number}"))
     return found
 
 
@@ -115,8 +135,8 @@ def test_yaml_of_the_pages_is_a_recipe_or_a_part_of_one(block: str, tmp_path: Pa
 def test_commands_of_the_pages_exist(page: Path) -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     text = page.read_text(encoding="utf-8")
-    for block in re.findall(r"^```(?:sh)?\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
+    for block in re.findall(r"^ *```(?:sh)?\n(.*?)^ *```", text, flags=re.MULTILINE | re.DOTALL):
+        for line in textwrap.dedent(block).replace("\\\n", " ").splitlines():
             if line.startswith("martlet "):
                 name, *arguments = shlex.split(line, comments=True)[1:]
                 commands[name].make_context(name, arguments)

@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,13 +19,16 @@ import typer
 from rich.console import Console
 
 from export.gguf import export_gguf
-from flows.command_line import app
+from flows.command_line import app, warnings_kept
 from flows.live_view import LiveView
 from pipeline.progress import Progress, readable_seconds
 
 ROOT = Path(__file__).parents[2]
 GROUP = typer.main.get_command(app)
 COMMANDS: dict[str, typer.core.TyperCommand] = GROUP.commands  # type: ignore[attr-defined]
+STORE: dict[str, typer.core.TyperCommand] = COMMANDS["store"].commands  # type: ignore[attr-defined]
+LEAVES = {name: command for name, command in COMMANDS.items() if name != "store"}
+LEAVES |= {f"store {name}": command for name, command in STORE.items()}
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -43,7 +47,7 @@ def screen(view: LiveView) -> list[str]:
 @pytest.fixture
 def view() -> LiveView:
     console = Console(file=io.StringIO(), force_terminal=True, width=100, height=12)
-    return LiveView(console, "Tiny  (tiny.yaml)", ["teacher", "distill", "export gguf"], "release: here")
+    return LiveView(console, "Tiny  (tiny.yaml)", ["teacher", "distill", "export gguf"], ["release: here"])
 
 
 def test_live_view_tells_what_each_stage_does(view: LiveView) -> None:
@@ -77,7 +81,7 @@ def test_live_view_marks_what_failed(view: LiveView) -> None:
 def test_live_view_fits_a_low_screen_while_it_runs_and_shows_all_in_the_end() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=60, height=8)
     names = [f"stage {number}" for number in range(20)]
-    view = LiveView(console, "Long", names, "foot")
+    view = LiveView(console, "Long", names, ["foot"])
     with view:
         for name in names[:18]:
             say(view, name, name, "running")
@@ -93,7 +97,7 @@ def test_live_view_fits_a_low_screen_while_it_runs_and_shows_all_in_the_end() ->
 def test_live_view_counts_later_stages_on_a_low_screen() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=60, height=8)
     names = [f"stage {number}" for number in range(20)]
-    view = LiveView(console, "Long", names, "foot")
+    view = LiveView(console, "Long", names, ["foot"])
     with view:
         say(view, "", names[0], "running")
         say(view, Progress("stage 0", 1_200, 4_000, "steps", "loss 3.250, 178 tok/s", 7_265.0), names[0])
@@ -102,6 +106,37 @@ def test_live_view_counts_later_stages_on_a_low_screen() -> None:
     assert running[-1] == "foot"
     assert running[-2].split() == ["·", "16", "more"]
     assert "1,200/4,000 · 2 h 1 min left" in running[1]
+
+
+def test_at_80_columns_rate_and_time_left_are_in_sight_and_places_in_whole() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, height=24)
+    names = ["hidden states", "distill", *(f"stage {number}" for number in range(18)), "importance matrix"]
+    places = [
+        "release: /home/someone/releases/tiny",
+        "stages: /home/someone/store",
+        "logs: /home/someone/store/logs",
+    ]
+    view = LiveView(console, "Tiny", names, places)
+    with view:
+        assert screen(view)[0].endswith("starting, 0 s")
+        say(view, "", "distill", "running")
+        line = Progress("distill", 1_200, 4_000, "steps", "178 tok/s, loss 3.250, t 0.40", 725.0)
+        say(view, line, "distill")
+        running = screen(view)
+        assert "1,200/4,000 · 12 min 5 s left · 178 tok/s" in running[2]
+        assert [place for place in places if any(place in row for row in running[-2:])] == places
+        assert len(running) < 24
+        say(view, "waiting: logits are being made by another stage or run", "distill")
+        assert "waiting: logits are being made" in screen(view)[2]
+        assert not screen(view)[0].endswith("starting, 0 s")
+        assert view.said == []
+
+
+def test_warnings_of_libraries_go_into_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings_kept(tmp_path / "warnings.log"):
+        warnings.warn("`old` is deprecated", UserWarning, stacklevel=1)
+    assert capsys.readouterr() == ("", "")
+    assert "UserWarning: `old` is deprecated" in (tmp_path / "warnings.log").read_text(encoding="utf-8")
 
 
 def test_a_row_does_not_name_its_stage_twice(view: LiveView) -> None:
@@ -143,13 +178,12 @@ def test_progress_is_its_line() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", sorted(COMMANDS))
+@pytest.mark.parametrize("name", sorted(LEAVES))
 def test_every_command_has_an_example_that_it_understands(name: str) -> None:
-    command = COMMANDS[name]
-    found = re.search(r"Example: martlet (.+)", command.help or "")
+    command = LEAVES[name]
+    found = re.search(rf"Example: martlet {name}\b(.*)", command.help or "")
     assert found, f"martlet {name} --help shows no example"
-    first, *arguments = shlex.split(found[1].strip().rstrip("."))
-    assert first == name
+    arguments = shlex.split(found[1].strip().rstrip("."))
     command.make_context(name, arguments)  # raises where an option or a value does not exist
     assert all((ROOT / word).exists() for word in arguments if word.startswith("recipes/"))
 

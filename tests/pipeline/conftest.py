@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chromium import CHROMIUM, CHROMIUM_FLAGS
 
 from pipeline import teacher, web
 from pipeline.artifacts import Artifact, Store
@@ -78,3 +79,15 @@ def real_teacher(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """SmolLM2-135M-Instruct, imported from its package by the teacher stage (about 25 CPU-seconds)."""
     store = Store(tmp_path_factory.mktemp("real-teacher"), report=lambda line: None)
     return teacher.run(store, recipe_of(REAL_TEACHER))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if not CHROMIUM.exists():
+        pytest.skip(f"{CHROMIUM} is not installed (apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS.split())
+        yield chromium
+        chromium.close()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chromium import CONTRAST, LETTERS
 from release_artifacts import example_artifacts, example_recipe, example_stage_times
 
 from pipeline import compare_releases, release
@@ -79,10 +80,26 @@ def test_page_needs_nothing_but_itself(facts: dict[str, Any], tmp_path: Path) ->
     assert "<script" not in page
     assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", page.replace("xlink:href", "href"))
     assert page.count("<th scope=") == len(re.findall(r"<th\b", page))
-    assert page.count('role="img"') == 1
+    assert page.count('role="img"') == 2  # one of them for phones
     assert "<code>export.gguf</code>" in page
     assert "<b>cloud" not in page
     assert [path.name for path in page_file.parent.iterdir() if path.suffix == ".partial"] == []
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_in_chromium(browser: Any, facts: dict[str, Any], tmp_path: Path, width: int) -> None:
+    tab = browser.new_page(viewport={"width": width, "height": 844})
+    said: list[str] = []
+    tab.on("console", lambda message: said.append(message.text))
+    tab.goto(compare_releases.write(facts, tmp_path)[1].as_uri())
+    try:
+        assert said == []
+        assert tab.evaluate("document.documentElement.scrollWidth") == width, "the page scrolls sideways"
+        assert len([chart for chart in tab.locator("svg").all() if chart.is_visible()]) == 1
+        assert tab.evaluate(LETTERS) >= 9.5, "words of a picture are too small to read"
+        assert tab.evaluate(CONTRAST) == []
+    finally:
+        tab.close()
 
 
 def test_what_is_no_release_is_refused(tmp_path: Path, pair: tuple[Path, Path]) -> None:
