@@ -20,7 +20,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Pretrained
 
 from export.errors import ExportError
 from export.generation import NEUTRAL, stated
+from export.gptq import FourBits, join
 from export.processes import run_logged
 from export.quantizations import ONNX as FILE_NAMES
 
@@ -46,6 +47,9 @@ BUILDER_OPTIONS: dict[str, tuple[str, ...]] = {
     "int8": ("block_size=32",),
     "int4": ("algo_config=k_quant_mixed", "block_size=32"),
 }
+
+ROUNDED_OPTIONS = ("algo_config=rtn_last", "block_size=32", "is_symmetric=false")
+"""Those of int4 whose layers come rounded: a head in 8 bits, and four bits with zero points to write over."""
 
 BUILT_AS = {"fp16": "fp32"}
 """The builder's precision where it is not ours: its own float16 graphs are for GPUs alone."""
@@ -67,6 +71,7 @@ def export_onnx(
     name: str,
     precisions: Sequence[str],
     *,
+    rounded: Mapping[str, FourBits] | None = None,
     progress: Callable[[str], None] | None = None,
     threads: int = 2,
     log: Path | None = None,
@@ -78,6 +83,8 @@ def export_onnx(
         output_dir: the folder to make; it appears only when it is complete. Must not exist or be empty.
         name: the model's name, recorded as ``_name_or_path`` of ``config.json``.
         precisions: any of ``fp32``, ``fp16``, ``int8``, ``int4``, in any order.
+        rounded: the layers of int4, of ``export.gptq.round_linear_layers``; the builder rounds them by
+            k-quant if left out.
         progress: told one sentence at each step.
         threads: CPU threads of the builder.
         log: file that keeps what the builder writes.
@@ -87,7 +94,8 @@ def export_onnx(
 
     Raises:
         ExportError: an unknown precision, no safetensors, an output folder that holds something already, an
-            architecture that the builder does not know, or a builder that fails.
+            architecture that the builder does not know, a builder that fails, or rounded layers that are not
+            those of the graph.
     """
     model_dir, output_dir = Path(model_dir), Path(output_dir)
     _check_arguments(model_dir, output_dir, precisions)
@@ -102,11 +110,15 @@ def export_onnx(
         for precision in dict.fromkeys(precisions):
             tell(f"{name}: building the {precision} ONNX graph")
             built[precision] = workplace / precision
-            _run_builder(model_dir, built[precision], precision, threads, log)
+            given = rounded if precision == "int4" else None
+            options = BUILDER_OPTIONS[precision] if given is None else ROUNDED_OPTIONS
+            _run_builder(model_dir, built[precision], precision, options, threads, log)
             graph = onnx.load(built[precision] / "model.onnx")
             genai_config = json.loads((built[precision] / "genai_config.json").read_text(encoding="utf-8"))
             _check_rope(graph, config, model_dir)
             _fix_cache_dimensions(graph, int(genai_config["model"]["decoder"]["head_size"]))
+            if given is not None:
+                _write_rounded(graph, given, model_dir)
             if precision != "fp32":
                 _store_as_half(graph)
             _save_graph(graph, folder / "onnx" / FILE_NAMES[precision])
@@ -172,7 +184,9 @@ def _check_arguments(model_dir: Path, output_dir: Path, precisions: Sequence[str
         raise ExportError(f"{output_dir}: exists and is not empty; remove it or choose another folder.")
 
 
-def _run_builder(model_dir: Path, output_dir: Path, precision: str, threads: int, log: Path | None) -> None:
+def _run_builder(
+    model_dir: Path, output_dir: Path, precision: str, options: Sequence[str], threads: int, log: Path | None
+) -> None:
     # -P keeps this folder off the import path, where this file would pass for the library.
     command = [sys.executable, "-P", str(Path(__file__).with_name("onnx_builder_driver.py"))]
     command += [
@@ -186,7 +200,7 @@ def _run_builder(model_dir: Path, output_dir: Path, precision: str, threads: int
         "cpu",
     ]
     command += ["-c", str(output_dir.parent / "cache")]
-    command += ["--extra_options", "hf_token=false", *BUILDER_OPTIONS[precision]]
+    command += ["--extra_options", "hf_token=false", *options]
     environment = os.environ | {
         "OMP_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
@@ -232,6 +246,40 @@ def _fix_cache_dimensions(graph: onnx.ModelProto, head_size: int) -> None:
             dimension = value.type.tensor_type.shape.dim[3]
             dimension.Clear()
             dimension.dim_value = head_size
+
+
+def _write_rounded(graph: onnx.ModelProto, rounded: Mapping[str, FourBits], model_dir: Path) -> None:
+    """Replaces what the four-bit nodes of a graph hold."""
+    tensors = {tensor.name: tensor for tensor in graph.graph.initializer}
+    missing = set(rounded)
+    for node in graph.graph.node:
+        bits = {attribute.name: attribute.i for attribute in node.attribute}.get("bits")
+        if node.op_type != "MatMulNBits" or bits != 4:
+            continue
+        names = _layers_of_node(node.name)
+        if not rounded.keys() >= set(names):
+            raise ExportError(
+                f"{model_dir}: the layer {node.name} of the ONNX graph was not rounded by GPTQ."
+            )
+        missing -= set(names)
+        matrix = join([rounded[name] for name in names])
+        for tensor_name, values in zip(node.input[1:4], matrix, strict=True):
+            tensor = tensors[tensor_name]
+            own_type = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+            if values.size != np.prod(tensor.dims):
+                raise ExportError(
+                    f"{model_dir}: {tensor_name} of the ONNX graph has another size than GPTQ's."
+                )
+            written = values.astype(own_type).reshape(tensor.dims)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(written, tensor_name))
+    if missing:
+        raise ExportError(f"{model_dir}: the ONNX graph has no layer {min(missing)}, which GPTQ rounded.")
+
+
+def _layers_of_node(name: str) -> list[str]:
+    """The layers in transformers of a node such as ``/model/layers.0/attn/qkv_proj/MatMul_Q4``."""
+    layer = name.strip("/").removesuffix("/MatMul_Q4").replace("/", ".").replace(".attn.", ".self_attn.")
+    return [layer.replace("qkv_proj", f"{part}_proj") for part in "qkv"] if "qkv_proj" in layer else [layer]
 
 
 def _store_as_half(graph: onnx.ModelProto) -> None:

@@ -215,6 +215,9 @@ def export(
     importance_matrix: Annotated[
         Path | None, typer.Option(help="Text file that weighs the rounding errors of GGUF below q8_0.")
     ] = None,
+    gptq: Annotated[
+        Path | None, typer.Option(help="Text file on which GPTQ rounds the layers of ONNX's int4.")
+    ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -231,6 +234,7 @@ def export(
         name or model.resolve().name,
         pre_tokenizer=pre_tokenizer,
         importance_text=importance_matrix,
+        gptq_text=gptq,
         progress=(lambda line: None) if quiet else progress_line,
     )
     if as_json:

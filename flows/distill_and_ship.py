@@ -33,6 +33,7 @@ from pipeline import (
     compare_releases,
     distill,
     exports,
+    gptq,
     hidden_states,
     importance_matrix,
     instruct,
@@ -122,6 +123,7 @@ def stage_names(plan: Recipe) -> list[str]:
         *(["pretrain"] if plan.pretrain is not None else []),
         "instruct",
         *(["importance matrix"] if importance_matrix.wanted(plan) else []),
+        *(["GPTQ"] if gptq.wanted(plan) else []),
         *(f"{step} {name}" for step in ("export", "validate", "bench") for name in formats),
         "release",
     ]
@@ -298,12 +300,14 @@ def ship(recipe: Path, store: Path, release: Path) -> dict[str, Any]:
         made["importance_matrix"] = step(importance_matrix.run, "importance matrix")(
             shelf, plan, made["instruct"], made["text"]
         )
+    if gptq.wanted(plan):
+        made["gptq"] = step(gptq.run, "GPTQ")(shelf, plan, made["instruct"], made["text"])
     # A format's gates do not wait for the other formats' exports.
     beside = fits_beside(made["instruct"])
     exporting, judging = {}, {}
     for name in formats:
         exporting[name] = step(exports.run, f"export {name}").submit(
-            shelf, plan, made["instruct"], name, made.get("importance_matrix")
+            shelf, plan, made["instruct"], name, made.get("importance_matrix"), made.get("gptq")
         )
         if not beside:
             exporting[name].wait()

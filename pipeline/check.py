@@ -39,12 +39,15 @@ def check_recipe(recipe: Recipe, path: Path) -> None:
             f"{path}: report_to: Weights & Biases knows no account here; wandb login, or set "
             "WANDB_MODE=offline, which keeps the runs in files."
         )
-    matrix = recipe.export.importance_matrix
-    if matrix is not None and matrix != CALIBRATION and not Path(matrix).is_file():
-        raise UserError(
-            f"{path}: export.importance_matrix: {matrix}: no such file; give calibration for the recipe's "
-            "own calibration split, or a text file."
-        )
+    for key, weighing in (
+        ("importance_matrix", recipe.export.importance_matrix),
+        ("gptq", recipe.export.gptq),
+    ):
+        if weighing not in (None, CALIBRATION) and not Path(weighing).is_file():
+            raise UserError(
+                f"{path}: export.{key}: {weighing}: no such file; give calibration for the recipe's own "
+                "calibration split, or a text file."
+            )
     for key, model in (("teacher.model", recipe.teacher.model), ("student.model", recipe.student.model)):
         if model is None:
             continue

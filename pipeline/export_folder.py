@@ -63,6 +63,7 @@ def run(
     *,
     pre_tokenizer: str | None = None,
     importance_text: Path | None = None,
+    gptq_text: Path | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[Path]:
     """Exports a model, or an adapter merged into its model.
@@ -75,6 +76,7 @@ def run(
         name: first part of the names.
         pre_tokenizer: llama.cpp's name of the pre-tokenizer.
         importance_text: text file that weighs the rounding errors of GGUF below q8_0.
+        gptq_text: text file on which GPTQ rounds the layers of ONNX's int4.
         progress: receives one line at the start of each step.
 
     Returns:
@@ -85,6 +87,8 @@ def run(
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ExportError(f"{output}: is not an empty folder; give a new one.")
+    if gptq_text is not None and "int4" not in wanted.get("onnx", ()):
+        raise UserError("--gptq: rounds ONNX's int4, which is not among what is exported; leave it out.")
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as temporary:
         if model.is_dir() and is_adapter(model):
@@ -104,7 +108,16 @@ def run(
         made: list[Path] = []
         for format, listed in wanted.items():
             made += _export(
-                format, model, files, listed, name, len(wanted) > 1, pre_tokenizer, importance_text, progress
+                format,
+                model,
+                files,
+                listed,
+                name,
+                len(wanted) > 1,
+                pre_tokenizer,
+                importance_text,
+                gptq_text,
+                progress,
             )
         if output.exists():
             output.rmdir()
@@ -121,6 +134,7 @@ def _export(
     apart: bool,
     pre_tokenizer: str | None,
     importance_text: Path | None,
+    gptq_text: Path | None,
     progress: Callable[[str], None],
 ) -> list[Path]:
     """Exports to one format; ``apart`` in a folder with the format's name."""
@@ -142,7 +156,13 @@ def _export(
     if format == "onnx":
         from export.onnx import export_onnx
 
-        return export_onnx(model, files / f"{name}-ONNX" if apart else files, name, listed, progress=progress)
+        rounded = None
+        if gptq_text is not None:
+            from export.gptq import round_linear_layers
+
+            rounded = round_linear_layers(model, rows_of_file("--gptq", model, gptq_text), progress=progress)
+        folder = files / f"{name}-ONNX" if apart else files
+        return export_onnx(model, folder, name, listed, rounded=rounded, progress=progress)
     from export.mlc import export_mlc
 
     return [
@@ -164,10 +184,23 @@ def importance_of_file(model: Path, file: Path, report: Callable[[str], None]) -
         UserError: the file cannot be read.
         ExportError: the model cannot be run.
     """
-    from export.importance import gguf_importance, measure_importance, rows_of_text
+    from export.importance import gguf_importance, measure_importance
+
+    rows = rows_of_file("--importance-matrix", model, file)
+    return gguf_importance(measure_importance(model, rows, progress=report), model)
+
+
+def rows_of_file(option: str, model: Path, file: Path) -> list[Any]:
+    """Rows of token ids of a text file, see ``export.importance.rows_of_text``.
+
+    Raises:
+        UserError: the file cannot be read.
+        ExportError: the model's tokenizer cannot be loaded.
+    """
+    from export.importance import rows_of_text
 
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--importance-matrix: {file}: cannot be read as text ({error}).") from None
-    return gguf_importance(measure_importance(model, list(rows_of_text(model, text)), progress=report), model)
+        raise UserError(f"{option}: {file}: cannot be read as text ({error}).") from None
+    return list(rows_of_text(model, text))

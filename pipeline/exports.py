@@ -8,6 +8,7 @@ from safetensors.numpy import load_file
 
 from export.errors import ExportError
 from export.gguf import export_gguf
+from export.gptq import from_tensors
 from export.importance import gguf_importance
 from export.mlc import export_mlc
 from export.onnx import export_onnx
@@ -26,12 +27,18 @@ UNLISTED = "unlisted"
 
 
 def run(
-    store: Store, recipe: Recipe, instruct: Artifact, format: str, importance: Artifact | None = None
+    store: Store,
+    recipe: Recipe,
+    instruct: Artifact,
+    format: str,
+    importance: Artifact | None = None,
+    rounded: Artifact | None = None,
 ) -> Artifact:
     """Exports to one format, in every quantization that the recipe lists for it.
 
     Args:
         importance: artifact of ``pipeline.importance_matrix``; of the formats only GGUF uses it.
+        rounded: artifact of ``pipeline.gptq``; of the formats only ONNX uses it.
 
     Returns:
         ``files/`` (for MLC one folder a quantization below it), ``unlisted/`` (of GGUF: the f16 that the
@@ -46,6 +53,7 @@ def run(
     name = f"{recipe.name}-Instruct"
     model_dir = instruct.path / "model"
     importance = importance if format == "gguf" else None
+    rounded = rounded if format == "onnx" else None
 
     @at_most(recipe.export.timeout_s, "export.timeout_s")
     def make(output: Path, work: Path) -> None:
@@ -78,6 +86,9 @@ def run(
                     files,
                     name,
                     recipe.export.onnx,
+                    rounded=None
+                    if rounded is None
+                    else from_tensors(load_file(rounded.path / "gptq.safetensors")),
                     threads=recipe.threads,
                     progress=store.report,
                     log=store.log_file("export onnx"),
@@ -124,6 +135,8 @@ def run(
     inputs: dict[str, Artifact | str] = {"instruct": instruct}
     if importance is not None:
         inputs["importance_matrix"] = importance
+    if rounded is not None:
+        inputs["gptq"] = rounded
     return store.get_or_make(f"export_{format}", VERSION, parameters, inputs, make)
 
 

@@ -3,18 +3,18 @@ quantizations below q8_0 weigh their rounding errors by it."""
 
 from pathlib import Path
 
-import numpy as np
-
 from export.errors import ExportError
-from export.importance import measure_importance, rows_of_text
+from export.importance import measure_importance
 from export.quantizations import GGUF_UNWEIGHTED
-from pipeline.artifacts import Artifact, Store, sha256_of_file, write_json
+from pipeline import calibration
+from pipeline.artifacts import Artifact, Store, write_json
 from pipeline.errors import UserError
-from pipeline.models import position_ids, throttled
+from pipeline.models import throttled
 from pipeline.recipe import CALIBRATION, Recipe
 
 STAGE = "importance_matrix"
 VERSION = 1
+KEY = "export.importance_matrix"
 
 
 def wanted(recipe: Recipe) -> bool:
@@ -35,36 +35,27 @@ def run(store: Store, recipe: Recipe, instruct: Artifact, text: Artifact) -> Art
     """
     source = recipe.export.importance_matrix
     if source is None:
-        raise UserError("export.importance_matrix: names no text; give calibration or a text file.")
-    file = None if source == CALIBRATION else Path(source)
-    try:
-        digest = None if file is None else sha256_of_file(file)
-    except OSError as error:
-        raise UserError(f"export.importance_matrix: {file}: cannot be read ({error.strerror}).") from None
+        raise UserError(f"{KEY}: names no text; give calibration or a text file.")
+    digest = calibration.digest_of(KEY, source)
     model_dir = instruct.path / "model"
 
     def make(output: Path, work: Path) -> None:
         from safetensors.numpy import save_file
 
-        positions = None
+        rows, positions = calibration.rows_of(KEY, source, text, model_dir)
+        tokens = sum(len(row) for row in rows)
+        store.report(f"importance matrix: running the model over {tokens:,} tokens of {source}")
         try:
-            if file is None:
-                rows = list(np.load(text.path / "calibration.npy"))
-                positions = list(position_ids(np.load(text.path / "documents_calibration.npy")))
-            else:
-                rows = list(rows_of_text(model_dir, file.read_text(encoding="utf-8")))
-            tokens = sum(len(row) for row in rows)
-            store.report(f"importance matrix: running the model over {tokens:,} tokens of {source}")
             importance = measure_importance(
                 model_dir, rows, positions, threads=recipe.threads, progress=throttled(store.report)
             )
-        except (ExportError, UnicodeDecodeError) as error:
-            raise UserError(f"export.importance_matrix: {source}: {error}") from error
+        except ExportError as error:
+            raise UserError(f"{KEY}: {source}: {error}") from error
         save_file(importance, output / "importance.safetensors")
         write_json(
             output / "importance.json",
             {
-                "source": source if file is None else file.name,
+                "source": source if digest is None else Path(source).name,
                 "sha256": digest,
                 "tokens": tokens,
                 "rows": len(rows),
@@ -72,8 +63,6 @@ def run(store: Store, recipe: Recipe, instruct: Artifact, text: Artifact) -> Art
             },
         )
 
-    inputs: dict[str, Artifact | str] = {"instruct": instruct}
-    inputs["text"] = text if digest is None else digest
-    return store.get_or_make(
-        STAGE, VERSION, {"source": CALIBRATION if file is None else "file"}, inputs, make
-    )
+    inputs: dict[str, Artifact | str] = {"instruct": instruct, "text": text if digest is None else digest}
+    parameters = {"source": CALIBRATION if digest is None else "file"}
+    return store.get_or_make(STAGE, VERSION, parameters, inputs, make)

@@ -21,7 +21,7 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
 
 
 CALIBRATION = "calibration"
-"""``export.importance_matrix`` for the recipe's own calibration split."""
+"""``export.importance_matrix`` or ``export.gptq`` for the recipe's own calibration split."""
 
 SAMPLED_OBJECTIVES = (
     "taid",
@@ -268,6 +268,11 @@ class Export(Section):
         None,
         description="Text that weighs the rounding errors of GGUF quantizations below q8_0: calibration for "
         "the recipe's own calibration split, or a text file; without it none is used.",
+    )
+    gptq: str | None = Field(
+        None,
+        description="Text on which GPTQ rounds the layers of ONNX's int4: calibration for the recipe's own "
+        "calibration split, or a text file; without it k-quant rounds them, which needs none.",
     )
     timeout_s: float = Field(3600, gt=0, description="Seconds that one process of an export may take.")
 
@@ -578,9 +583,13 @@ def _resolve_paths(recipe: Recipe, file: Path) -> Recipe:
         candidate = resolve(key, value)
         return str(candidate) if value.startswith((".", "/", "~")) or candidate.is_dir() else value
 
-    matrix = recipe.export.importance_matrix
-    if matrix is not None and matrix != CALIBRATION:
-        matrix = str(resolve("export.importance_matrix", matrix))
+    weighing = {
+        key: source if source in (None, CALIBRATION) else str(resolve(f"export.{key}", source))
+        for key, source in (
+            ("importance_matrix", recipe.export.importance_matrix),
+            ("gptq", recipe.export.gptq),
+        )
+    }
     text, chats = (
         section.model_copy(update={"sources": [source(key, each) for each in section.sources]})
         for key, section in (
@@ -597,6 +606,6 @@ def _resolve_paths(recipe: Recipe, file: Path) -> Recipe:
             "bench": recipe.bench.model_copy(update={"profiles": profiles}),
             "teacher": recipe.teacher.model_copy(update={"model": teacher}),
             "student": recipe.student.model_copy(update={"model": student}),
-            "export": recipe.export.model_copy(update={"importance_matrix": matrix}),
+            "export": recipe.export.model_copy(update=weighing),
         }
     )

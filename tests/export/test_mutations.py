@@ -1,6 +1,7 @@
 """Gates bite: each way to break an exported file is caught by the gate that its row names."""
 
 import json
+import pydoc_data.topics
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metada
 
 from export.errors import ExportError
 from export.gguf import export_gguf
+from export.gptq import round_linear_layers
 from export.mlc import export_mlc
 from export.onnx import export_onnx
 from export.runtime import open_runtime
@@ -23,6 +25,8 @@ from pipeline.validate_worker import judge, read_reference, reference_answers
 
 # Those of the recipes for f16 and fp32, files that are the model up to rounding.
 THRESHOLDS = Thresholds(mean_kl=0.001, same_top=0.98, perplexity_ratio=1.01)
+# The undamaged file in four bits has half of this.
+INT4_THRESHOLDS = Thresholds(mean_kl=0.1, same_top=0.7, perplexity_ratio=1.3)
 TEXT = (
     "The import statement binds a name to a module. If it cannot be found, an exception is raised, and the "
     "statement ends; 1234 modules are searched for in the order of the path, which a program may change."
@@ -53,13 +57,16 @@ def reference(model_dir: Path, tiny_tokenizer: Any, tmp_path_factory: pytest.Tem
 
 
 @pytest.fixture(scope="module")
-def good(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def good(model_dir: Path, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """An undamaged export of each format."""
     folder = tmp_path_factory.mktemp("good")
     gguf_file = export_gguf(model_dir, folder / "gguf", "tiny", ["f16"], pre_tokenizer="smollm")[0]
     onnx_file = export_onnx(model_dir, folder / "onnx-folder", "tiny", ["fp32"], threads=1)[0]
     mlc_folder = export_mlc(model_dir, folder / "mlc" / "tiny", "tiny", "q0f32")
-    return {"gguf": gguf_file, "onnx": onnx_file, "mlc": mlc_folder}
+    text = tiny_tokenizer("\n\n".join(pydoc_data.topics.topics.values())[:16_000])["input_ids"][:2048]
+    rounded = round_linear_layers(model_dir, np.array(text).reshape(8, 256), threads=1)
+    int4_file = export_onnx(model_dir, folder / "int4", "tiny", ["int4"], rounded=rounded, threads=1)[0]
+    return {"gguf": gguf_file, "onnx": onnx_file, "int4": int4_file, "mlc": mlc_folder}
 
 
 def copy_of(path: Path, folder: Path) -> Path:
@@ -79,7 +86,8 @@ def gates_missed(path: Path, reference: Any) -> list[str]:
         runtime.close()
     except ExportError:
         return ["runs"]
-    failures = missed_gates(path.name, measured, THRESHOLDS)
+    thresholds = INT4_THRESHOLDS if path.name == "model_q4.onnx" else THRESHOLDS
+    failures = missed_gates(path.name, measured, thresholds)
     assert all(failure.startswith(f"{path.name}: gate ") for failure in failures)
     return [failure.split(": gate ", 1)[1].split(":", 1)[0] for failure in failures]
 
@@ -493,6 +501,19 @@ MLC: dict[str, tuple[Mutation, str]] = {
     "two tokens swapped": (json_file("tokenizer.json", swap_tokenizer_tokens), "token_ids"),
 }
 
+CODES, ZERO_POINTS = f"{LAYER}mlp.down_proj.MatMul.weight_Q4G32", f"{LAYER}mlp.down_proj.MatMul.weight_zp"
+SCALES = f"{LAYER}mlp.down_proj.MatMul.weight_scale_f16"
+INT4: dict[str, tuple[Mutation, str]] = {
+    "two codes of a byte swapped": (onnx_weights(transform(CODES, lambda w: w << 4 | w >> 4)), "mean_kl"),
+    "codes read as signed": (onnx_weights(transform(CODES, lambda w: w ^ 0x88)), "mean_kl"),
+    "zero points swapped": (onnx_weights(transform(ZERO_POINTS, lambda w: w << 4 | w >> 4)), "mean_kl"),
+    "zero points of a file without any": (
+        onnx_weights(transform(ZERO_POINTS, lambda w: np.full_like(w, 0x88))),
+        "mean_kl",
+    ),
+    "scales of the rows below": (onnx_weights(transform(SCALES, lambda w: np.roll(w, 1, axis=0))), "mean_kl"),
+}
+
 
 def _cases(table: dict[str, tuple[Mutation, str]], format: str) -> list[Any]:
     return [
@@ -500,13 +521,14 @@ def _cases(table: dict[str, tuple[Mutation, str]], format: str) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("format", ["gguf", "onnx", "mlc"])
+@pytest.mark.parametrize("format", ["gguf", "onnx", "int4", "mlc"])
 def test_the_undamaged_file_passes(good: dict[str, Path], reference: Any, format: str) -> None:
     assert gates_missed(good[format], reference) == []
 
 
 @pytest.mark.parametrize(
-    ("format", "mutate", "gate"), [*_cases(GGUF, "gguf"), *_cases(ONNX, "onnx"), *_cases(MLC, "mlc")]
+    ("format", "mutate", "gate"),
+    [*_cases(GGUF, "gguf"), *_cases(ONNX, "onnx"), *_cases(INT4, "int4"), *_cases(MLC, "mlc")],
 )
 def test_broken_file_misses_its_gate(
     good: dict[str, Path], reference: Any, tmp_path: Path, format: str, mutate: Mutation, gate: str

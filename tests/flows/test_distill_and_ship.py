@@ -128,6 +128,16 @@ def test_an_importance_matrix_is_a_stage_of_its_own(
     assert with_matrix == [*without[:place], "importance matrix", *without[place:]]
 
 
+def test_gptq_is_a_stage_of_its_own(
+    tiny_recipe: dict[str, Any], write_recipe: Callable[[dict[str, Any]], Path]
+) -> None:
+    tiny_recipe["export"]["onnx"] = ["int4"]
+    without = stage_names(load_recipe(write_recipe(tiny_recipe)))
+    tiny_recipe["export"]["gptq"] = "calibration"
+    place = without.index("export gguf")
+    assert stage_names(load_recipe(write_recipe(tiny_recipe))) == [*without[:place], "GPTQ", *without[place:]]
+
+
 @pytest.mark.slow
 def test_several_recipes_share_a_store_and_end_in_one_comparison(
     martlet: Callable[..., tuple[int, str, str]],
