@@ -25,8 +25,9 @@ from export.processes import run_logged
 from export.quantizations import MLC as QUANTIZATIONS
 from export.quantizations import MLC_LIBRARIES, WEBGPU
 
-ATTENTION_NAMES = {"llama": "qkv_proj", "qwen2": "c_attn", "qwen3": "c_attn"}
-"""Model types that can be exported, and MLC's name of their fused attention input."""
+ATTENTION_NAMES = {"llama": "qkv_proj", "qwen2": "c_attn", "qwen3": "c_attn", "gemma3_text": ""}
+"""Model types that can be exported, and MLC's name of their fused attention input; empty where queries, keys
+and values are apart."""
 
 PREFILL_CHUNK = 2048
 PROBES = ("Hello", " a b ", "", "\n", "x\n\ny", "1 + 2 = 3", "日本語 😀", "<|im_end|>", "{{ x }}", "it's")
@@ -163,6 +164,9 @@ def read_architecture(model_dir: Path, quantization: str) -> Any:
             f"{model_dir / 'config.json'}: model_type {model_type!r} cannot be exported to MLC; "
             f"supported are {', '.join(ATTENTION_NAMES)}."
         )
+    gemma = model_type == "gemma3_text"
+    if gemma:
+        config = _complete_gemma3(config)
     needed = ("num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
     for key in (*needed, "rms_norm_eps", "max_position_embeddings"):
         if key not in config:
@@ -174,32 +178,56 @@ def read_architecture(model_dir: Path, quantization: str) -> Any:
         "rope_theta": config.get("rope_theta", 10000.0),
         **(config.get("rope_scaling") or {}),
     }
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ExportError(f"{model_dir / 'config.json'}: rope scaling {kind!r} cannot be exported to MLC.")
-    if config.get("hidden_act", "silu") != "silu" or config.get("mlp_bias"):
+    ropes = {"full_attention": rope, **(rope if gemma else {})}
+    for each in ropes.values():
+        kind = each.get("rope_type", each.get("type", "default"))
+        if kind != "default":
+            raise ExportError(
+                f"{model_dir / 'config.json'}: rope scaling {kind!r} cannot be exported to MLC."
+            )
+    activation, wanted = config.get("hidden_act", "silu"), "silu"
+    if gemma:
+        activation, wanted = config["hidden_activation"], "gelu_pytorch_tanh"
+    if activation != wanted or config.get("mlp_bias"):
         raise ExportError(
-            f"{model_dir / 'config.json'}: only silu feed-forward layers without bias go to MLC."
+            f"{model_dir / 'config.json'}: of a {model_type} model only {wanted} feed-forward layers without "
+            "bias go to MLC."
         )
     heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
     architecture = Architecture(
         layers=config["num_hidden_layers"],
         hidden_size=config["hidden_size"],
         intermediate_size=config["intermediate_size"],
         heads=heads,
         key_value_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        head_dim=head_dim,
         vocabulary_size=config["vocab_size"],
         norm_epsilon=config["rms_norm_eps"],
-        rope_theta=float(rope.get("rope_theta", 10000.0)),
+        rope_theta=float(ropes["full_attention"].get("rope_theta", 10000.0)),
         tied=bool(config.get("tie_word_embeddings")),
         attention_bias=model_type == "qwen2" or bool(config.get("attention_bias")),
         attention_name=ATTENTION_NAMES[model_type],
-        head_norms=model_type == "qwen3",
+        head_norms=model_type in ("qwen3", "gemma3_text"),
         quantized=QUANTIZATIONS[quantization][1],
         weight_dtype=QUANTIZATIONS[quantization][0],
         context_length=config["max_position_embeddings"],
+        attention_scale=head_dim**-0.5,
     )
+    if gemma:
+        windowed = tuple(kind == "sliding_attention" for kind in config["layer_types"])
+        architecture = replace(
+            architecture,
+            attention_scale=config["query_pre_attn_scalar"] ** -0.5,
+            prefix="language_model.model",
+            output_norms=True,
+            activation="gelu_tanh",
+            embedding_scale=config["hidden_size"] ** 0.5,
+            window=config["sliding_window"] if any(windowed) else 0,
+            windowed=windowed if any(windowed) else (),
+            window_rope_theta=float(ropes["sliding_attention"]["rope_theta"]) if any(windowed) else 0.0,
+        )
+        _check_gemma3(config, architecture, model_dir / "config.json")
     for key, width in (
         ("hidden_size", architecture.hidden_size),
         ("intermediate_size", architecture.intermediate_size),
@@ -214,6 +242,28 @@ def read_architecture(model_dir: Path, quantization: str) -> Any:
             f"{model_dir / 'config.json'}: attention_bias of a {model_type} model cannot be exported to MLC."
         )
     return architecture
+
+
+def _complete_gemma3(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with what it leaves to its defaults: Google's own files leave much."""
+    from transformers import Gemma3TextConfig
+
+    return {**config, **Gemma3TextConfig.from_dict(config).to_dict()}
+
+
+def _check_gemma3(config: dict[str, Any], architecture: Any, file: Path) -> None:
+    """What a Gemma 3 may be in transformers and not in MLC."""
+    for key in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
+        if config.get(key):
+            raise ExportError(f"{file}: {key} of a Gemma 3 cannot be exported to MLC.")
+    if not architecture.tied:
+        raise ExportError(
+            f"{file}: MLC takes the head of a Gemma 3 from its embedding, this one has its own."
+        )
+    if all(architecture.windowed) and architecture.windowed:
+        raise ExportError(
+            f"{file}: a Gemma 3 without a layer that sees all tokens cannot be exported to MLC."
+        )
 
 
 def quantize(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -316,7 +366,7 @@ def _weights(model_dir: Path, architecture: Any, total: dict[str, Any]) -> Itera
     import torch
     from safetensors import safe_open
 
-    files = {}
+    files: dict[str, Path] = {}
     for path in sorted(model_dir.glob("*.safetensors")):
         try:
             with safe_open(path, "pt") as file:
@@ -324,50 +374,67 @@ def _weights(model_dir: Path, architecture: Any, total: dict[str, Any]) -> Itera
         except Exception as error:
             raise ExportError(f"{path}: cannot be read ({error}).") from error
     dtype = np.dtype(architecture.weight_dtype)
+    # Norms of Gemma 3 add one to their weights, which mlc_llm does beforehand, in the checkpoint's own type.
+    offset = 1 if architecture.output_norms else 0
 
     def read(name: str) -> np.ndarray:
         if name not in files:
             raise ExportError(f"{model_dir}: holds no tensor {name}.")
         with safe_open(files[name], "pt") as file:
-            return file.get_tensor(name).to(torch.float32).numpy().astype(dtype)
+            tensor = file.get_tensor(name)
+        if offset and name.endswith("norm.weight"):
+            tensor = tensor + offset
+        return tensor.to(torch.float32).numpy().astype(dtype)
 
-    def emit(name: str, value: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    sources = _sources(architecture)
+    owners = {source: name for name, parts in sources.items() for source in parts}
+    order = [owners[source] for source in _reading_order(model_dir, files) if source in owners]
+    for name in dict.fromkeys([*order, *sources]):
+        parts = [read(source) for source in sources[name]]
+        value = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        del parts
         total["numbers"] += value.size
         if value.ndim == 1 or not architecture.quantized:
             yield name, value
-            return
+            continue
         words, scale = quantize(value)
         yield name.removesuffix(".weight") + ".q_weight", words
         yield name.removesuffix(".weight") + ".q_scale", scale
 
-    def joined(names: Sequence[str]) -> np.ndarray:
-        return np.concatenate([read(name) for name in names])
 
-    if not architecture.tied:
-        yield from emit("lm_head.weight", read("lm_head.weight"))
-    yield from emit("model.embed_tokens.weight", read("model.embed_tokens.weight"))
-    for number in range(architecture.layers):
-        prefix = f"model.layers.{number}"
-        attention = f"{prefix}.self_attn.{architecture.attention_name}"
-        queries = [f"{prefix}.self_attn.{part}_proj" for part in "qkv"]
-        yield from emit(f"{prefix}.input_layernorm.weight", read(f"{prefix}.input_layernorm.weight"))
-        yield from emit(f"{prefix}.mlp.down_proj.weight", read(f"{prefix}.mlp.down_proj.weight"))
-        yield from emit(
-            f"{prefix}.mlp.gate_up_proj.weight",
-            joined([f"{prefix}.mlp.{part}_proj.weight" for part in ("gate", "up")]),
-        )
-        name = f"{prefix}.post_attention_layernorm.weight"
-        yield from emit(name, read(name))
-        if architecture.head_norms:
-            yield from emit(f"{prefix}.self_attn.k_norm.weight", read(f"{prefix}.self_attn.k_norm.weight"))
-        if architecture.attention_bias:
-            yield from emit(f"{attention}.bias", joined([f"{part}.bias" for part in queries]))
-        yield from emit(f"{attention}.weight", joined([f"{part}.weight" for part in queries]))
-        name = f"{prefix}.self_attn.o_proj.weight"
-        yield from emit(name, read(name))
-        if architecture.head_norms:
-            yield from emit(f"{prefix}.self_attn.q_norm.weight", read(f"{prefix}.self_attn.q_norm.weight"))
-    yield from emit("model.norm.weight", read("model.norm.weight"))
+def _sources(architecture: Any) -> dict[str, list[str]]:
+    """MLC's weights before quantization, and the checkpoint's tensors that each is made of, one below the
+    other."""
+    from export.mlc_model import parameters_of
+
+    fused: dict[str, tuple[str, ...]] = {"gate_up_proj": ("gate_proj", "up_proj")}
+    if architecture.attention_name:
+        fused[architecture.attention_name] = ("q_proj", "k_proj", "v_proj")
+    found = {}
+    for name, _, _ in parameters_of(replace(architecture, quantized=False)):
+        source = name.replace(architecture.prefix, "model", 1)
+        *_, module, _ = source.split(".")
+        parts = fused.get(module, (module,))
+        found[name] = [source.replace(f".{module}.", f".{part}.") for part in parts]
+    return found
+
+
+def _reading_order(model_dir: Path, files: dict[str, Path]) -> list[str]:
+    """A checkpoint's tensors in the order in which ``mlc_llm`` reads them: as the index lists them, file by
+    file; a single file's by name.
+
+    Args:
+        model_dir: the checkpoint's folder.
+        files: file of each tensor.
+    """
+    try:
+        index = json.loads((model_dir / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        listed = [name for name in index["weight_map"] if name in files]
+    except (OSError, ValueError, KeyError, TypeError):
+        listed = []  # the tensors themselves are there, or it will be told
+    names = list(dict.fromkeys([*listed, *files]))
+    places = {path: place for place, path in enumerate(dict.fromkeys(files[name] for name in names))}
+    return sorted(names, key=lambda name: places[files[name]])
 
 
 def chat_config(model_dir: Path, architecture: Any, quantization: str) -> dict[str, Any]:
@@ -382,7 +449,8 @@ def chat_config(model_dir: Path, architecture: Any, quantization: str) -> dict[s
     ends = [int(end) for end in (sorted(ends) if isinstance(ends, list) else [ends]) if end is not None]
     if not ends:
         raise ExportError(f"{model_dir}: neither generation_config.json nor config.json has an eos_token_id.")
-    chunk = min(PREFILL_CHUNK, architecture.context_length)
+    # Within one prefill MLC's cache has no windows, so that none may be longer than one.
+    chunk = min(PREFILL_CHUNK, architecture.context_length, architecture.window or PREFILL_CHUNK)
     files = [
         file
         for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -396,26 +464,7 @@ def chat_config(model_dir: Path, architecture: Any, quantization: str) -> dict[s
         "version": "0.1.0",
         "model_type": config["model_type"],
         "quantization": quantization,
-        "model_config": {
-            "hidden_size": architecture.hidden_size,
-            "intermediate_size": architecture.intermediate_size,
-            "num_attention_heads": architecture.heads,
-            "num_hidden_layers": architecture.layers,
-            "rms_norm_eps": architecture.norm_epsilon,
-            "vocab_size": architecture.vocabulary_size,
-            "tie_word_embeddings": architecture.tied,
-            "position_embedding_base": architecture.rope_theta,
-            "rope_scaling": None,
-            "context_window_size": architecture.context_length,
-            "prefill_chunk_size": chunk,
-            "num_key_value_heads": architecture.key_value_heads,
-            "head_dim": architecture.head_dim,
-            "tensor_parallel_shards": 1,
-            "pipeline_parallel_stages": 1,
-            "max_batch_size": 128,
-            "disaggregation": False,
-            **_family_settings(config["model_type"], architecture),
-        },
+        "model_config": _model_config(config["model_type"], architecture, chunk),
         "vocab_size": architecture.vocabulary_size,
         "context_window_size": architecture.context_length,
         "sliding_window_size": -1,
@@ -440,11 +489,52 @@ def chat_config(model_dir: Path, architecture: Any, quantization: str) -> dict[s
     }
 
 
-def _family_settings(model_type: str, architecture: Any) -> dict[str, Any]:
-    """Keys without which MLC does not read the ``model_config`` of a family."""
+def _model_config(model_type: str, architecture: Any, chunk: int) -> dict[str, Any]:
+    """``model_config``: what ``mlc_llm`` makes of a family's configuration."""
+    shape = {
+        "hidden_size": architecture.hidden_size,
+        "intermediate_size": architecture.intermediate_size,
+        "num_attention_heads": architecture.heads,
+        "num_hidden_layers": architecture.layers,
+        "rms_norm_eps": architecture.norm_epsilon,
+        "position_embedding_base": architecture.rope_theta,
+        "context_window_size": architecture.context_length,
+        "prefill_chunk_size": chunk,
+        "num_key_value_heads": architecture.key_value_heads,
+        "head_dim": architecture.head_dim,
+    }
+    common = {
+        "vocab_size": architecture.vocabulary_size,
+        "tensor_parallel_shards": 1,
+        "max_batch_size": 128,
+    }
+    if model_type == "gemma3_text":
+        return {
+            "text_config": {
+                **shape,
+                "attention_bias": False,
+                "hidden_activation": "gelu_pytorch_tanh",
+                "rope_scaling": 0,
+                "query_pre_attn_scalar": round(architecture.attention_scale**-2),
+                "sliding_window_size": architecture.window or -1,
+            },
+            **common,
+            "context_window_size": architecture.context_length,
+            "sliding_window_size": architecture.window or -1,
+            "prefill_chunk_size": chunk,
+            "is_text_model": True,
+        }
+    settings = {
+        **shape,
+        **common,
+        "tie_word_embeddings": architecture.tied,
+        "rope_scaling": None,
+        "pipeline_parallel_stages": 1,
+        "disaggregation": False,
+    }
     if model_type == "llama":
-        return {}
-    settings = {"hidden_act": "silu", "rope_theta": architecture.rope_theta}
+        return settings
+    settings |= {"hidden_act": "silu", "rope_theta": architecture.rope_theta}
     return settings if model_type == "qwen2" else {**settings, "attention_bias": False}
 
 

@@ -17,6 +17,8 @@ from export import mlc_model as kernels
 
 MASKED = -3.0e38
 """Logit of a token that the bitmask forbids."""
+NOTHING = -5.0e4
+"""Logarithm of a sum of exponentials that has no summand, as TVM's kernels of the cache have it."""
 
 
 def add_engine_functions(
@@ -85,7 +87,7 @@ class Operators:
         """Rows of the embedding."""
         a = self.a
         kernel = kernels.embedding_kernel(a.vocabulary_size, a.hidden_size, a.quantized, a.weight_dtype)
-        arguments = [ids, *self.weights("model.embed_tokens")]
+        arguments = [ids, *self.weights(f"{a.prefix}.embed_tokens")]
         return self.call(kernel, "embed", arguments, [tokens, a.hidden_size])
 
     def bias(self, x: relax.Var, name: str, width: int, count: Any) -> relax.Var:
@@ -103,10 +105,29 @@ class Operators:
         width = self.a.hidden_size
         return self.call(kernels.add_kernel(width), "add", [x, y], [count, width])
 
+    def scale(self, x: relax.Var, count: Any) -> relax.Var:
+        """x * embedding_scale."""
+        width = self.a.hidden_size
+        kernel = kernels.scale_kernel(width, self.a.embedding_scale)
+        return self.call(kernel, "scale", [x], [count, width])
+
+    def join(self, parts: list[relax.Var], width: int, count: Any) -> relax.Var:
+        """Queries, keys and values side by side."""
+        return self.call(kernels.join_kernel(self.a), "join", parts, [count, width])
+
+    def turns(self, positions: relax.Var, theta: float, count: Any) -> relax.Var:
+        """Cosine and sine of every rotary angle of the tokens at int32 positions [T], [T, 2, D / 2]."""
+        kernel = turns_at_kernel(self.a.head_dim, theta)
+        return self.call(kernel, "turns_at", [positions], [count, 2, self.a.head_dim // 2])
+
+    def rotate(self, x: relax.Var, turns: relax.Var, width: int, count: Any) -> relax.Var:
+        """Queries and keys turned; values as they are."""
+        return self.call(rotate_kernel(self.a), "rotate", [x, turns], [count, width])
+
     def gate(self, x: relax.Var, count: Any) -> relax.Var:
-        """silu(gate) * up, of x = [gate, up]."""
-        width = self.a.intermediate_size
-        return self.call(kernels.gate_kernel(width), "silu_gate", [x], [count, width])
+        """activation(gate) * up, of x = [gate, up]."""
+        width, activation = self.a.intermediate_size, self.a.activation
+        return self.call(kernels.gate_kernel(width, activation), f"{activation}_gate", [x], [count, width])
 
     def last(self, x: relax.Var) -> relax.Var:
         """The last row."""
@@ -171,22 +192,40 @@ def _add_model_function(
     with builder.function(name, [embeddings, *where, paged, packed]):
         caller = operators(builder, a, packed)
         x = caller.reshape(embeddings, [tokens, a.hidden_size])
+        if a.embedding_scale != 1:
+            x = caller.scale(x, tokens)
+        turns: dict[float, relax.Var] = {}
+        if a.windowed:  # the cache knows one base of the rotary embedding for all layers
+            places = builder.emit(
+                relax.call_pure_packed(
+                    "vm.builtin.attention_kv_cache_get_query_positions",
+                    paged,
+                    ty_args=_tensor([tokens], "int32"),
+                )
+            )
+            turns = {theta: caller.turns(places, theta, tokens) for theta in a.thetas()}
         for number in range(a.layers):
-            prefix = f"model.layers.{number}"
+            prefix = f"{a.prefix}.layers.{number}"
             attention = f"{prefix}.self_attn.{a.attention_name}"
             y = caller.norm(x, f"{prefix}.input_layernorm.weight", tokens)
-            y = caller.multiply(y, attention, width, a.hidden_size, tokens)
+            parts = [
+                caller.multiply(y, f"{prefix}.self_attn.{part}", rows, a.hidden_size, tokens)
+                for part, rows in a.attention_parts()
+            ]
+            y = parts[0] if len(parts) == 1 else caller.join(parts, width, tokens)
             if a.attention_bias:
                 y = caller.bias(y, f"{attention}.bias", width, tokens)
             if a.head_norms:
                 y = caller.head_norm(y, f"{prefix}.self_attn", width, tokens)
+            if turns:
+                y = caller.rotate(y, turns[a.theta_of(number)], width, tokens)
             y = builder.emit(
                 relax.call_dps_packed(
                     "vm.builtin.attention_kv_cache_attention_with_fused_qkv",
                     [
                         paged,
                         relax.prim_value(number),
-                        relax.prim_value(T.float32(dim**-0.5)),
+                        relax.prim_value(T.float32(a.attention_scale)),
                         caller.reshape(y, [tokens, heads + 2 * groups, dim]),
                     ],
                     out_ty=_tensor([tokens, heads, dim]),
@@ -194,20 +233,25 @@ def _add_model_function(
             )
             y = caller.reshape(y, [tokens, heads * dim])
             y = caller.multiply(y, f"{prefix}.self_attn.o_proj", a.hidden_size, heads * dim, tokens)
+            if a.output_norms:
+                y = caller.norm(y, f"{prefix}.post_attention_layernorm.weight", tokens)
             x = caller.add(x, y, tokens)
-            y = caller.norm(x, f"{prefix}.post_attention_layernorm.weight", tokens)
+            before = "pre_feedforward_layernorm" if a.output_norms else "post_attention_layernorm"
+            y = caller.norm(x, f"{prefix}.{before}.weight", tokens)
             gate = f"{prefix}.mlp.gate_up_proj"
             y = caller.multiply(y, gate, 2 * a.intermediate_size, a.hidden_size, tokens)
             y = caller.gate(y, tokens)
             y = caller.multiply(y, f"{prefix}.mlp.down_proj", a.hidden_size, a.intermediate_size, tokens)
+            if a.output_norms:
+                y = caller.norm(y, f"{prefix}.post_feedforward_layernorm.weight", tokens)
             x = caller.add(x, y, tokens)
         rows: Any = tokens
         if positions == "given":
             x, rows = builder.emit(relax.op.take(x, where[0], axis=0, mode="clip")), asked
         elif positions == "last":
             x, rows = caller.last(x), 1
-        x = caller.norm(x, "model.norm.weight", rows)
-        head = "model.embed_tokens" if a.tied else "lm_head"
+        x = caller.norm(x, f"{a.prefix}.norm.weight", rows)
+        head = f"{a.prefix}.embed_tokens" if a.tied else "lm_head"
         logits = caller.multiply(x, head, a.vocabulary_size, a.hidden_size, rows)
         shape = [batch, count] if positions == "every" else [1, rows]
         logits = caller.reshape(logits, [*shape, a.vocabulary_size])
@@ -226,9 +270,10 @@ def _add_cache(builder: relax.BlockBuilder, a: "kernels.Architecture", described
     arguments = [
         relax.Var(f"{name}_", relax.ShapeType([size])) for name, size in zip(names, sizes, strict=True)
     ]
+    kinds = ["mha_sliding" if a.window_of(number) else "mha" for number in range(a.layers)]
     with builder.function("create_tir_paged_kv_cache", arguments):
         made = TIRPagedKVCache(
-            "mha",
+            kinds,
             *sizes,
             layer_partition=relax.ShapeExpr([0, a.layers]),
             num_hidden_layers=a.layers,
@@ -238,7 +283,8 @@ def _add_cache(builder: relax.BlockBuilder, a: "kernels.Architecture", described
             v_head_dim=a.head_dim,
             mla_original_qk_head_dim=0,
             mla_original_v_head_dim=0,
-            rope_mode=RopeMode.NORMAL,
+            # Layers with bases of their own are rotated before they reach the cache.
+            rope_mode=RopeMode.NONE if a.windowed else RopeMode.NORMAL,
             rope_scale=1,
             rope_theta=a.rope_theta,
             rope_scaling={},
@@ -247,6 +293,7 @@ def _add_cache(builder: relax.BlockBuilder, a: "kernels.Architecture", described
             enable_disaggregation=False,
             dtype="float32",
             target=described,
+            **({"layer_sliding_window_size": a.window} if a.windowed else {}),
         )
         builder.emit_func_output(made._expr)
 
@@ -323,6 +370,177 @@ def _add_sampling(builder: relax.BlockBuilder, sampling: dict[str, tirx.PrimFunc
         function = builder.add_func(sampling["sample_with_top_p"], "top_p_kernel")
         sampled = relax.call_tir(function, [ordered, indices, *others], _tensor([count], "int32"))
         builder.emit_func_output(builder.emit(sampled))
+
+
+@cache
+def turns_at_kernel(dim: int, theta: float) -> tirx.PrimFunc:
+    """Cosine and sine of every rotary angle, [T, 2, D / 2], of tokens at the positions given."""
+    half = dim // 2
+
+    @T.prim_func(private=True, s_tir=True)
+    def kernel(positions_handle: T.handle, y_handle: T.handle):
+        T.func_attr({"tirx.is_scheduled": True, "op_pattern": 8, "tirx.noalias": True})
+        tokens = T.int64()
+        # The cache's own array, which begins anywhere in its memory.
+        begin = T.int32()
+        positions = T.match_buffer(positions_handle, (tokens,), "int32", elem_offset=begin)
+        y = T.match_buffer(y_handle, (tokens, 2, half), "float32")
+        for k in range(half):
+            with T.sblock("pair"):
+                T.reads()
+                T.writes()
+                frequency = T.alloc_buffer((1,), "float64")
+                frequency[0] = T.pow(T.float64(theta), T.Cast("float64", k) * T.float64(-2.0 / dim))
+                for i in range(tokens):
+                    y[i, 0, k] = T.Cast("float32", T.cos(T.Cast("float64", positions[i]) * frequency[0]))
+                    y[i, 1, k] = T.Cast("float32", T.sin(T.Cast("float64", positions[i]) * frequency[0]))
+
+    return kernel
+
+
+@cache
+def rotate_kernel(a: "kernels.Architecture") -> tirx.PrimFunc:
+    """Rotates queries and keys; halves of a head are the pairs."""
+    turned, groups, dim = a.heads + a.key_value_heads, a.key_value_heads, a.head_dim
+    half, width = dim // 2, (a.heads + 2 * a.key_value_heads) * a.head_dim
+
+    @T.prim_func(private=True, s_tir=True)
+    def kernel(x_handle: T.handle, turns_handle: T.handle, y_handle: T.handle):
+        T.func_attr({"tirx.is_scheduled": True, "op_pattern": 8, "tirx.noalias": True})
+        tokens = T.int64()
+        x = T.match_buffer(x_handle, (tokens, width), "float32")
+        turns = T.match_buffer(turns_handle, (tokens, 2, half), "float32")
+        y = T.match_buffer(y_handle, (tokens, width), "float32")
+        for i in range(tokens):
+            for h, k in T.grid(turned, half):
+                y[i, h * dim + k] = (
+                    x[i, h * dim + k] * turns[i, 0, k] - x[i, h * dim + half + k] * turns[i, 1, k]
+                )
+                y[i, h * dim + half + k] = (
+                    x[i, h * dim + half + k] * turns[i, 0, k] + x[i, h * dim + k] * turns[i, 1, k]
+                )
+            for k in range(groups * dim):
+                y[i, turned * dim + k] = x[i, turned * dim + k]
+
+    return kernel
+
+
+def mend_windows(module: Any, a: "kernels.Architecture") -> None:
+    """Puts ``window_kernel`` in the place of TVM's own kernel for CPUs, which begins with a maximum that
+    nothing has set where the first key lies outside of the window, and divides by zero where all keys do.
+
+    Args:
+        module: a finished module with ``create_tir_paged_kv_cache``; changed in place.
+        a: the model's architecture.
+    """
+    name = "batch_prefill_paged_kv_cpu_sliding_window"
+    old = module[name]
+    module[name] = window_kernel(a).with_attr("global_symbol", old.attrs["global_symbol"])
+
+
+@cache
+def window_kernel(a: "kernels.Architecture") -> tirx.PrimFunc:
+    """Attention of new tokens over what the paged cache held before, for layers with a window.
+
+    The interface is that of TVM's kernels. Query i of a sequence sees the last ``window`` - 1 - i tokens of
+    its pages. ``lse`` is the logarithm of the sum of exponentials, to base 2; ``NOTHING`` where a query sees
+    none, which TVM's kernel that joins two attentions then gives no weight.
+    """
+    heads, groups, dim, window = a.heads, a.key_value_heads, a.head_dim, a.window
+    repeat = heads // groups
+
+    @T.prim_func(s_tir=True)
+    def kernel(
+        q_handle: T.handle,
+        q_begins_handle: T.handle,
+        pages_handle: T.handle,
+        page_begins_handle: T.handle,
+        page_numbers_handle: T.handle,
+        lengths_handle: T.handle,
+        k_positions_handle: T.handle,
+        q_positions_handle: T.handle,
+        y_handle: T.handle,
+        lse_handle: T.handle,
+        causal: T.int32,
+        rotary_mode: T.int32,
+        rope_scale: T.float32,
+        rope_theta: T.float32,
+        scale: T.float32,
+    ):
+        T.func_attr({"tirx.is_scheduled": True, "op_pattern": 8})
+        batch, tokens, numbers, count = T.int32(), T.int32(), T.int32(), T.int32()
+        # The cache's own arrays, which begin anywhere in its memory.
+        begin_0, begin_1, begin_2, begin_3 = T.int32(), T.int32(), T.int32(), T.int32()
+        begin_4, begin_5 = T.int32(), T.int32()
+        q = T.match_buffer(q_handle, (tokens, heads, dim), "float32")
+        q_begins = T.match_buffer(q_begins_handle, (batch + 1,), "int32", elem_offset=begin_0)
+        pages = T.match_buffer(pages_handle, (count, 2, groups, 16, dim), "float32")
+        page_begins = T.match_buffer(page_begins_handle, (batch + 1,), "int32", elem_offset=begin_1)
+        page_numbers = T.match_buffer(page_numbers_handle, (numbers,), "int32", elem_offset=begin_2)
+        # Tokens in the last page, where the first page begins to count, and tokens that never leave.
+        lengths = T.match_buffer(lengths_handle, (3, batch), "int32", elem_offset=begin_3)
+        T.match_buffer(k_positions_handle, (batch,), "int32", elem_offset=begin_4)
+        T.match_buffer(q_positions_handle, (tokens,), "int32", elem_offset=begin_5)
+        y = T.match_buffer(y_handle, (tokens, heads, dim), "float32")
+        lse = T.match_buffer(lse_handle, (tokens, heads), "float32")
+        for h, b in T.grid(heads, batch):
+            for i in range(q_begins[b + 1] - q_begins[b]):
+                with T.sblock("query"):
+                    T.reads()
+                    T.writes()
+                    total = T.alloc_buffer((dim,), "float32")
+                    state = T.alloc_buffer((4,), "float32")  # maximum, sum, score, factor of what was
+                    place = T.alloc_buffer((2,), "int32")  # tokens in the pages, first that is seen
+                    place[0] = T.if_then_else(
+                        page_begins[b + 1] > page_begins[b],
+                        (page_begins[b + 1] - page_begins[b] - 1) * 16 + lengths[0, b] - lengths[1, b],
+                        0,
+                    )
+                    place[1] = T.if_then_else(causal > 0, T.max(place[0] - T.max(window - 1 - i, 0), 0), 0)
+                    state[0] = T.float32(NOTHING)
+                    state[1] = T.float32(0)
+                    for k in range(dim):
+                        total[k] = T.float32(0)
+                    for j in range(place[0] - place[1]):
+                        state[2] = T.float32(0)
+                        for k in range(dim):
+                            state[2] = (
+                                state[2]
+                                + q[q_begins[b] + i, h, k]
+                                * pages[
+                                    page_numbers[page_begins[b] + (lengths[1, b] + place[1] + j) // 16],
+                                    0,
+                                    h // repeat,
+                                    (lengths[1, b] + place[1] + j) % 16,
+                                    k,
+                                ]
+                            )
+                        state[2] = state[2] * scale * T.float32(1.4426950408889634)
+                        state[3] = T.exp2(state[0] - T.max(state[0], state[2]))
+                        state[0] = T.max(state[0], state[2])
+                        state[2] = T.exp2(state[2] - state[0])
+                        state[1] = state[1] * state[3] + state[2]
+                        for k in range(dim):
+                            total[k] = (
+                                total[k] * state[3]
+                                + state[2]
+                                * pages[
+                                    page_numbers[page_begins[b] + (lengths[1, b] + place[1] + j) // 16],
+                                    1,
+                                    h // repeat,
+                                    (lengths[1, b] + place[1] + j) % 16,
+                                    k,
+                                ]
+                            )
+                    for k in range(dim):
+                        y[q_begins[b] + i, h, k] = T.if_then_else(
+                            place[0] > place[1], total[k] / state[1], T.float32(0)
+                        )
+                    lse[q_begins[b] + i, h] = T.if_then_else(
+                        place[0] > place[1], state[0] + T.log2(state[1]), T.float32(NOTHING)
+                    )
+
+    return kernel
 
 
 @cache

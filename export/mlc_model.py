@@ -10,6 +10,7 @@ slowest part of building a module, and all layers call the same ones.
 """
 
 import json
+import math
 import tarfile
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -52,11 +53,38 @@ class Architecture:
     rope_theta: float
     tied: bool
     attention_bias: bool
-    attention_name: str  # "qkv_proj" (Llama) or "c_attn" (Qwen2, Qwen3)
-    head_norms: bool  # each head's queries and keys are normalized before they are rotated (Qwen3)
+    attention_name: str  # "qkv_proj" (Llama), "c_attn" (Qwen), "" where queries, keys and values are apart
+    head_norms: bool  # each head's queries and keys are normalized before they are rotated (Qwen3, Gemma 3)
     quantized: bool
     weight_dtype: str  # "float32" or "float16": of scales, norms and unquantized matrices
     context_length: int
+    attention_scale: float  # of the products of queries and keys
+    prefix: str = "model"  # of the tensors' names
+    output_norms: bool = False  # what attention and feed-forward layers return is normalized (Gemma 3)
+    activation: str = "silu"  # of the gate; or "gelu_tanh"
+    embedding_scale: float = 1.0  # of the embeddings that enter the first layer
+    window: int = 0  # tokens that layers with a window see, the last one included
+    windowed: tuple[bool, ...] = ()  # of each layer; empty where none has a window
+    window_rope_theta: float = 0.0  # of layers with a window
+
+    def thetas(self) -> list[float]:
+        """Bases of the rotary embedding that layers have, each once."""
+        return [self.rope_theta, self.window_rope_theta] if self.windowed else [self.rope_theta]
+
+    def theta_of(self, layer: int) -> float:
+        """The layer's base of the rotary embedding."""
+        return self.window_rope_theta if self.window_of(layer) else self.rope_theta
+
+    def window_of(self, layer: int) -> int:
+        """Tokens that the layer sees, the last one included; 0 where it sees all."""
+        return self.window if self.windowed and self.windowed[layer] else 0
+
+    def attention_parts(self) -> list[tuple[str, int]]:
+        """Names below ``self_attn`` of the matrices that make queries, keys and values, and their rows."""
+        queries, keys = self.heads * self.head_dim, self.key_value_heads * self.head_dim
+        if self.attention_name:
+            return [(self.attention_name, queries + 2 * keys)]
+        return [("q_proj", queries), ("k_proj", keys), ("v_proj", keys)]
 
 
 def compile_library(
@@ -90,8 +118,8 @@ def _archive(output: str, objects: list[str], **_: Any) -> None:
 
 
 def parameter_names(architecture: Architecture) -> list[str]:
-    """Names of the parameters in the order in which the library's functions take them: that of MLC's own
-    weights, head first, then embedding, layers and final norm."""
+    """Names of the parameters in the order in which the library's functions take them: head first, then
+    embedding, layers and final norm."""
     return [name for name, _, _ in parameters_of(architecture)]
 
 
@@ -106,6 +134,8 @@ def _pipeline(target: Any) -> Any:
 
 
 def parameters_of(a: Architecture) -> list[tuple[str, tuple[int, ...], str]]:
+    """Name, shape and dtype of each parameter, in the order of ``parameter_names``."""
+
     def matrix(name: str, rows: int, columns: int) -> list[tuple[str, tuple[int, ...], str]]:
         if not a.quantized:
             return [(f"{name}.weight", (rows, columns), a.weight_dtype)]
@@ -114,24 +144,26 @@ def parameters_of(a: Architecture) -> list[tuple[str, tuple[int, ...], str]]:
             (f"{name}.q_scale", (rows, columns // GROUP), a.weight_dtype),
         ]
 
-    qkv = (a.heads + 2 * a.key_value_heads) * a.head_dim
     found = [] if a.tied else matrix("lm_head", a.vocabulary_size, a.hidden_size)
-    found += matrix("model.embed_tokens", a.vocabulary_size, a.hidden_size)
+    found += matrix(f"{a.prefix}.embed_tokens", a.vocabulary_size, a.hidden_size)
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    if a.output_norms:
+        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
     for number in range(a.layers):
-        prefix = f"model.layers.{number}"
-        found.append((f"{prefix}.input_layernorm.weight", (a.hidden_size,), a.weight_dtype))
+        prefix = f"{a.prefix}.layers.{number}"
+        found += [(f"{prefix}.{norm}.weight", (a.hidden_size,), a.weight_dtype) for norm in norms]
         found += matrix(f"{prefix}.mlp.down_proj", a.hidden_size, a.intermediate_size)
         found += matrix(f"{prefix}.mlp.gate_up_proj", 2 * a.intermediate_size, a.hidden_size)
-        found.append((f"{prefix}.post_attention_layernorm.weight", (a.hidden_size,), a.weight_dtype))
-        if a.head_norms:
-            found.append((f"{prefix}.self_attn.k_norm.weight", (a.head_dim,), a.weight_dtype))
-        if a.attention_bias:
-            found.append((f"{prefix}.self_attn.{a.attention_name}.bias", (qkv,), a.weight_dtype))
-        found += matrix(f"{prefix}.self_attn.{a.attention_name}", qkv, a.hidden_size)
+        for part, rows in a.attention_parts():
+            if a.attention_bias:
+                found.append((f"{prefix}.self_attn.{part}.bias", (rows,), a.weight_dtype))
+            found += matrix(f"{prefix}.self_attn.{part}", rows, a.hidden_size)
         found += matrix(f"{prefix}.self_attn.o_proj", a.hidden_size, a.heads * a.head_dim)
         if a.head_norms:
-            found.append((f"{prefix}.self_attn.q_norm.weight", (a.head_dim,), a.weight_dtype))
-    found.append(("model.norm.weight", (a.hidden_size,), a.weight_dtype))
+            found += [
+                (f"{prefix}.self_attn.{part}_norm.weight", (a.head_dim,), a.weight_dtype) for part in "qk"
+            ]
+    found.append((f"{a.prefix}.norm.weight", (a.hidden_size,), a.weight_dtype))
     return found
 
 
@@ -152,11 +184,14 @@ def build_module(
     ):
         _emit_function(builder, a, name, single, every)
     if described is not None:
-        from export.mlc_engine import Operators, add_engine_functions
+        from export.mlc_engine import Operators, add_engine_functions, mend_windows
 
         add_engine_functions(builder, a, described, Operators)
     add_metadata(builder, a, metadata)
-    return builder.finalize()
+    module = builder.finalize()
+    if described is not None and a.windowed:
+        mend_windows(module, a)
+    return module
 
 
 def add_metadata(builder: relax.BlockBuilder, a: Architecture, metadata: dict[str, Any]) -> None:
@@ -254,10 +289,10 @@ def _emit_function(
         return call(kernel, "rms_norm", [x, by_name[name]], [count, a.hidden_size])
 
     qkv_width = (a.heads + 2 * a.key_value_heads) * a.head_dim
-    head = "model.embed_tokens" if a.tied else "lm_head"
+    head = f"{a.prefix}.embed_tokens" if a.tied else "lm_head"
     with builder.function(name, [input_ids, position, *caches, *parameters]):
         embedding = [
-            by_name[f"model.embed_tokens.{w}"]
+            by_name[f"{a.prefix}.embed_tokens.{w}"]
             for w in (["q_weight", "q_scale"] if a.quantized else ["weight"])
         ]
         x = call(
@@ -266,12 +301,23 @@ def _emit_function(
             [input_ids, *embedding],
             [tokens, a.hidden_size],
         )
-        turns = call(turn_kernel(a), "turns", [input_ids, position], [tokens, 2, a.head_dim // 2])
+        if a.embedding_scale != 1:
+            x = call(scale_kernel(a.hidden_size, a.embedding_scale), "scale", [x], [tokens, a.hidden_size])
+        turns = {
+            theta: call(
+                turn_kernel(a.head_dim, theta), "turns", [input_ids, position], [tokens, 2, a.head_dim // 2]
+            )
+            for theta in a.thetas()
+        }
         for number in range(a.layers):
-            prefix = f"model.layers.{number}"
+            prefix = f"{a.prefix}.layers.{number}"
             y = norm(x, f"{prefix}.input_layernorm.weight", tokens)
             attention = f"{prefix}.self_attn.{a.attention_name}"
-            qkv = multiply(y, attention, qkv_width, a.hidden_size, tokens)
+            parts = [
+                multiply(y, f"{prefix}.self_attn.{part}", rows, a.hidden_size, tokens)
+                for part, rows in a.attention_parts()
+            ]
+            qkv = parts[0] if len(parts) == 1 else call(join_kernel(a), "join", parts, [tokens, qkv_width])
             if a.attention_bias:
                 kernel = bias_kernel(qkv_width, a.weight_dtype)
                 qkv = call(kernel, "add_bias", [qkv, by_name[f"{attention}.bias"]], [tokens, qkv_width])
@@ -282,25 +328,38 @@ def _emit_function(
             q = call(
                 rope_kernel(a),
                 "rope_and_store",
-                [qkv, turns, position, keys, values],
+                [qkv, turns[a.theta_of(number)], position, keys, values],
                 [tokens, a.heads, a.head_dim],
             )
             y = call(
-                attention_kernel(a), "attention", [q, position, keys, values], [tokens, a.heads * a.head_dim]
+                attention_kernel(a, a.window_of(number)),
+                "attention",
+                [q, position, keys, values],
+                [tokens, a.heads * a.head_dim],
             )
             y = multiply(y, f"{prefix}.self_attn.o_proj", a.hidden_size, a.heads * a.head_dim, tokens)
+            if a.output_norms:
+                y = norm(y, f"{prefix}.post_attention_layernorm.weight", tokens)
             x = call(add_kernel(a.hidden_size), "add", [x, y], [tokens, a.hidden_size])
-            y = norm(x, f"{prefix}.post_attention_layernorm.weight", tokens)
+            before = "pre_feedforward_layernorm" if a.output_norms else "post_attention_layernorm"
+            y = norm(x, f"{prefix}.{before}.weight", tokens)
             y = multiply(y, f"{prefix}.mlp.gate_up_proj", 2 * a.intermediate_size, a.hidden_size, tokens)
-            y = call(gate_kernel(a.intermediate_size), "silu_gate", [y], [tokens, a.intermediate_size])
+            y = call(
+                gate_kernel(a.intermediate_size, a.activation),
+                f"{a.activation}_gate",
+                [y],
+                [tokens, a.intermediate_size],
+            )
             y = multiply(y, f"{prefix}.mlp.down_proj", a.hidden_size, a.intermediate_size, tokens)
+            if a.output_norms:
+                y = norm(y, f"{prefix}.post_feedforward_layernorm.weight", tokens)
             x = call(add_kernel(a.hidden_size), "add", [x, y], [tokens, a.hidden_size])
         count = tokens
         if not every_position:
             count = 1
             if not single:
                 x = call(last_kernel(a.hidden_size), "last", [x], [1, a.hidden_size])
-        x = norm(x, "model.norm.weight", count)
+        x = norm(x, f"{a.prefix}.norm.weight", count)
         builder.emit_func_output(multiply(x, head, a.vocabulary_size, a.hidden_size, count))
 
 
@@ -653,9 +712,17 @@ def add_kernel(columns: int) -> tirx.PrimFunc:
     return kernel
 
 
+def activated(x: Any, activation: str) -> Any:
+    """silu, or gelu as its approximation with tanh, where (1 + tanh(u)) / 2 is 1 / (1 + e^-2u); float32."""
+    u = x
+    if activation == "gelu_tanh":
+        u = (x + T.float32(0.044715) * x * x * x) * T.float32(2 * (2 / math.pi) ** 0.5)
+    return x / (T.float32(1) + exponential(T.float32(0) - u))
+
+
 @cache
-def gate_kernel(columns: int) -> tirx.PrimFunc:
-    """z = silu(gate) * up, of x = [gate, up]."""
+def gate_kernel(columns: int, activation: str) -> tirx.PrimFunc:
+    """z = activation(gate) * up, of x = [gate, up]."""
 
     @T.prim_func(private=True, s_tir=True)
     def kernel(x_handle: T.handle, z_handle: T.handle):
@@ -665,11 +732,46 @@ def gate_kernel(columns: int) -> tirx.PrimFunc:
         z = T.match_buffer(z_handle, (tokens, columns), "float32")
         for i, k in T.grid(tokens, columns // 8):
             for lane in T.vectorized(8):
-                z[i, k * 8 + lane] = (
-                    x[i, k * 8 + lane]
-                    / (T.float32(1) + exponential(T.float32(0) - x[i, k * 8 + lane]))
-                    * x[i, columns + k * 8 + lane]
-                )
+                z[i, k * 8 + lane] = activated(x[i, k * 8 + lane], activation) * x[i, columns + k * 8 + lane]
+
+    return kernel
+
+
+@cache
+def scale_kernel(columns: int, factor: float) -> tirx.PrimFunc:
+    """y = x * factor."""
+
+    @T.prim_func(private=True, s_tir=True)
+    def kernel(x_handle: T.handle, y_handle: T.handle):
+        T.func_attr({"tirx.is_scheduled": True, "op_pattern": 8, "tirx.noalias": True})
+        tokens = T.int64()
+        x = T.match_buffer(x_handle, (tokens, columns), "float32")
+        y = T.match_buffer(y_handle, (tokens, columns), "float32")
+        for i, k in T.grid(tokens, columns):
+            y[i, k] = x[i, k] * T.float32(factor)
+
+    return kernel
+
+
+@cache
+def join_kernel(a: Architecture) -> tirx.PrimFunc:
+    """Queries, keys and values side by side."""
+    queries, keys = a.heads * a.head_dim, a.key_value_heads * a.head_dim
+
+    @T.prim_func(private=True, s_tir=True)
+    def kernel(q_handle: T.handle, k_handle: T.handle, v_handle: T.handle, y_handle: T.handle):
+        T.func_attr({"tirx.is_scheduled": True, "op_pattern": 8, "tirx.noalias": True})
+        tokens = T.int64()
+        q = T.match_buffer(q_handle, (tokens, queries), "float32")
+        k = T.match_buffer(k_handle, (tokens, keys), "float32")
+        v = T.match_buffer(v_handle, (tokens, keys), "float32")
+        y = T.match_buffer(y_handle, (tokens, queries + 2 * keys), "float32")
+        for i in range(tokens):
+            for n in range(queries):
+                y[i, n] = q[i, n]
+            for n in range(keys):
+                y[i, queries + n] = k[i, n]
+                y[i, queries + keys + n] = v[i, n]
 
     return kernel
 
@@ -690,9 +792,8 @@ def last_kernel(columns: int) -> tirx.PrimFunc:
 
 
 @cache
-def turn_kernel(a: Architecture) -> tirx.PrimFunc:
-    """Cosine and sine of every rotary angle, [T, 2, D / 2]: the same in all layers."""
-    dim, theta = a.head_dim, a.rope_theta
+def turn_kernel(dim: int, theta: float) -> tirx.PrimFunc:
+    """Cosine and sine of every rotary angle, [T, 2, D / 2]: the same in all layers of one base."""
     half = dim // 2
 
     @T.prim_func(private=True, s_tir=True)
@@ -762,11 +863,20 @@ def rope_kernel(a: Architecture) -> tirx.PrimFunc:
 
 
 @cache
-def attention_kernel(a: Architecture) -> tirx.PrimFunc:
-    """Causal attention of T queries over the cache, softmax in float32."""
+def attention_kernel(a: Architecture, window: int) -> tirx.PrimFunc:
+    """Causal attention of T queries over the cache, or over the last ``window`` tokens of it where that is
+    not 0; softmax in float32."""
     heads, groups, dim = a.heads, a.key_value_heads, a.head_dim
     repeat = heads // groups
-    scale = dim**-0.5
+    scale = a.attention_scale
+
+    def first(last: Any) -> Any:
+        """The first token that the query of the token ``last`` sees."""
+        return T.max(last - (window - 1), T.int64(0)) if window else T.int64(0)
+
+    def seen(last: Any) -> Any:
+        """How many tokens it sees."""
+        return last + 1 - first(last) if window else last + 1
 
     @T.prim_func(private=True, s_tir=True)
     def kernel(
@@ -791,7 +901,7 @@ def attention_kernel(a: Architecture) -> tirx.PrimFunc:
                 state = T.alloc_buffer((2,), "float32")  # largest score, sum of exponentials
                 total = T.alloc_buffer((dim,), "float32")
                 state[0] = T.float32(-3.0e38)
-                for j in range(position[0] + ih // heads + 1):
+                for j in range(seen(position[0] + ih // heads)):
                     for lane in T.vectorized(8):
                         lanes[lane] = T.float32(0)
                     for k in T.unroll(dim // 8):
@@ -799,24 +909,29 @@ def attention_kernel(a: Architecture) -> tirx.PrimFunc:
                             lanes[lane] = (
                                 lanes[lane]
                                 + q[ih // heads, ih % heads, k * 8 + lane]
-                                * keys[j, ih % heads // repeat, k * 8 + lane]
+                                * keys[
+                                    first(position[0] + ih // heads) + j, ih % heads // repeat, k * 8 + lane
+                                ]
                             )
                     score[j] = sum_of_lanes(lanes) * T.float32(scale)
                     state[0] = T.max(state[0], score[j])
                 # Exponentials apart from the sum of values, and eight at a time; what fills the last eight
                 # is never read.
                 for lane in T.vectorized(8):
-                    score[position[0] + ih // heads + 1 + lane] = state[0]
-                for block in range((position[0] + ih // heads + 8) // 8):
+                    score[seen(position[0] + ih // heads) + lane] = state[0]
+                for block in range((seen(position[0] + ih // heads) + 7) // 8):
                     for lane in T.vectorized(8):
                         score[block * 8 + lane] = exponential(score[block * 8 + lane] - state[0])
                 state[1] = T.float32(0)
                 for k in T.vectorized(dim):
                     total[k] = T.float32(0)
-                for j in range(position[0] + ih // heads + 1):
+                for j in range(seen(position[0] + ih // heads)):
                     state[1] = state[1] + score[j]
                     for k in T.vectorized(dim):
-                        total[k] = total[k] + score[j] * values[j, ih % heads // repeat, k]
+                        total[k] = (
+                            total[k]
+                            + score[j] * values[first(position[0] + ih // heads) + j, ih % heads // repeat, k]
+                        )
                 for k in T.vectorized(dim):
                     y[ih // heads, ih % heads * dim + k] = total[k] / state[1]
 

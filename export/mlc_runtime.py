@@ -79,6 +79,7 @@ class MlcRuntime(MlcReader):
             super().__init__(self.config["conv_template"], path / "tokenizer.json")
             self.trained_context_length = int(self.config["context_window_size"])
             model = self.config["model_config"]
+            model = {**model, **model.get("text_config", {})}
             self.vocabulary_size = int(self.config["active_vocab_size"])
             self.end_of_turn_ids = tuple(sorted(int(end) for end in self._template["stop_token_ids"]))
             eos = self.config["eos_token_id"]  # one id or a list

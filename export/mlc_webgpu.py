@@ -4,6 +4,7 @@ The functions are those of ``export.mlc_engine``. What the model is made of are 
 to threads by TVM's own rules for GPUs; sampling has kernels of its own.
 """
 
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -129,7 +130,7 @@ class GpuOperators(mlc_engine.Operators):
         def compute(ids: te.Tensor, *weights: te.Tensor) -> te.Tensor:
             return te.compute((ids.shape[0], width), lambda i, k: weight_at(weights, ids[i], k))
 
-        return self.emit(compute, [ids, *self.weights("model.embed_tokens")], "embed")
+        return self.emit(compute, [ids, *self.weights(f"{self.a.prefix}.embed_tokens")], "embed")
 
     def bias(self, x: relax.Var, name: str, width: int, count: Any) -> relax.Var:
         """x + bias."""
@@ -147,17 +148,73 @@ class GpuOperators(mlc_engine.Operators):
 
         return self.emit(compute, [x, y], "add")
 
-    def gate(self, x: relax.Var, count: Any) -> relax.Var:
-        """silu(gate) * up, of x = [gate, up]."""
-        width = self.a.intermediate_size
+    def scale(self, x: relax.Var, count: Any) -> relax.Var:
+        """x * embedding_scale."""
+        factor = self.a.embedding_scale
 
         def compute(x: te.Tensor) -> te.Tensor:
-            return te.compute(
-                (x.shape[0], width),
-                lambda i, k: x[i, k] / (1.0 + te.exp(-x[i, k])) * x[i, width + k],
-            )
+            return te.compute(x.shape, lambda i, k: x[i, k] * tirx.const(factor, "float32"))
 
-        return self.emit(compute, [x], "silu_gate")
+        return self.emit(compute, [x], "scale")
+
+    def join(self, parts: list[relax.Var], width: int, count: Any) -> relax.Var:
+        """Queries, keys and values side by side."""
+
+        def compute(q: te.Tensor, k: te.Tensor, v: te.Tensor) -> te.Tensor:
+            queries, keys = q.shape[1], k.shape[1]
+
+            def element(i: Any, n: Any) -> Any:
+                rest = tirx.if_then_else(n < queries + keys, k[i, n - queries], v[i, n - queries - keys])
+                return tirx.if_then_else(n < queries, q[i, n], rest)
+
+            return te.compute((q.shape[0], width), element)
+
+        return self.emit(compute, parts, "join")
+
+    def turns(self, positions: relax.Var, theta: float, count: Any) -> relax.Var:
+        """Cosine and sine of every rotary angle, in float32: shaders have no double precision."""
+        dim = self.a.head_dim
+
+        def compute(positions: te.Tensor) -> te.Tensor:
+            def element(i: Any, part: Any, k: Any) -> Any:
+                exponent = tirx.Cast("float32", k) * tirx.const(-2.0 / dim, "float32")
+                angle = positions[i].astype("float32") * te.power(tirx.const(theta, "float32"), exponent)
+                return tirx.if_then_else(part == 0, te.cos(angle), te.sin(angle))
+
+            return te.compute((positions.shape[0], 2, dim // 2), element)
+
+        return self.emit(compute, [positions], "turns_at")
+
+    def rotate(self, x: relax.Var, turns: relax.Var, width: int, count: Any) -> relax.Var:
+        """Queries and keys turned; values as they are."""
+        dim, half = self.a.head_dim, self.a.head_dim // 2
+        turned = (self.a.heads + self.a.key_value_heads) * dim
+
+        def compute(x: te.Tensor, turns: te.Tensor) -> te.Tensor:
+            def element(i: Any, n: Any) -> Any:
+                k = n % dim
+                other = tirx.if_then_else(k < half, -x[i, n + half], x[i, n - half])
+                rotated = x[i, n] * turns[i, 0, k % half] + other * turns[i, 1, k % half]
+                return tirx.if_then_else(n < turned, rotated, x[i, n])
+
+            return te.compute(x.shape, element)
+
+        return self.emit(compute, [x, turns], "rotate")
+
+    def gate(self, x: relax.Var, count: Any) -> relax.Var:
+        """activation(gate) * up, of x = [gate, up]."""
+        width, activation = self.a.intermediate_size, self.a.activation
+
+        def activated(x: Any) -> Any:
+            u = x
+            if activation == "gelu_tanh":
+                u = (x + 0.044715 * x * x * x) * (2 * (2 / math.pi) ** 0.5)
+            return x / (1.0 + te.exp(-u))
+
+        def compute(x: te.Tensor) -> te.Tensor:
+            return te.compute((x.shape[0], width), lambda i, k: activated(x[i, k]) * x[i, width + k])
+
+        return self.emit(compute, [x], f"{activation}_gate")
 
     def last(self, x: relax.Var) -> relax.Var:
         """The last row."""

@@ -2,14 +2,21 @@
 
 import hashlib
 import io
+import os
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_families import gemma3
+from transformers import PreTrainedTokenizerFast
 
 from export import converter
 from export.errors import ExportError
+from export.gguf import stage_model
 
 WANTED = {
     "vendor/llama.cpp/convert_hf_to_gguf.py": "print()",
@@ -93,3 +100,43 @@ def test_pinned_version_is_the_runtimes() -> None:
     import llama_cpp
 
     assert llama_cpp.__version__ == converter.SOURCE_VERSION
+
+
+@pytest.mark.parametrize("file_type", ["f16", "bf16"])
+def test_matrices_in_rows_are_the_same_bytes(
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, file_type: str
+) -> None:
+    """Of a checkpoint in bfloat16, and an embedding of which the converter takes as many rows as tokens."""
+    model = gemma3(tiny_tokenizer, tmp_path / "model")
+    tensors = {
+        name: value.to(torch.bfloat16) for name, value in load_file(model / "model.safetensors").items()
+    }
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    stage_model(model, tmp_path / "staged")
+    program = (
+        "import sys; from export import gguf_conversion_driver as driver\n"
+        "driver.BUFFER = int(sys.argv.pop(1)); read, counts = driver._read_rows, []\n"
+        "driver._read_rows = lambda *arguments: counts.append(arguments[2]) or read(*arguments)\n"
+        "driver.main(); print(len(counts), sum(counts))"
+    )
+
+    def convert(buffer: int) -> tuple[bytes, str]:
+        path = tmp_path / f"{buffer}.gguf"
+        arguments = [str(converter.converter_script()), str(tmp_path / "staged"), "--outtype", file_type]
+        finished = subprocess.run(
+            [sys.executable, "-c", program, str(buffer), *arguments, "--outfile", str(path)],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return path.read_bytes(), finished.stdout.splitlines()[-1]
+
+    whole, none_read = convert(2**30)
+    in_rows, read = convert(10_000)
+    assert whole == in_rows
+    assert none_read == "0 0"
+    rows = sum(value.shape[0] for value in tensors.values() if value.nbytes > 10_000)
+    reads, rows_read = map(int, read.split())
+    assert rows_read == rows
+    assert reads > rows * 128 / 10_000

@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 import tvm
+from safetensors.torch import load_file, save_file
+from test_families import gemma3
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from tvm.contrib import tvmjs
 from tvm.script import tirx as T
@@ -150,6 +152,11 @@ def dequantized_model(folder: Path, model_dir: Path) -> torch.nn.Module:
             values[name] = array
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     config = model.config
+    if config.model_type == "gemma3_text":  # one is already added to its norms
+        values = {
+            name.removeprefix("language_model."): value - 1 if name.endswith("norm.weight") else value
+            for name, value in values.items()
+        }
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     state = {}
@@ -173,6 +180,78 @@ def dequantized_model(folder: Path, model_dir: Path) -> torch.nn.Module:
 def logits_of(model: torch.nn.Module, ids: list[int]) -> np.ndarray:
     with torch.no_grad():
         return model(torch.tensor([ids])).logits[0].numpy()
+
+
+@pytest.fixture(scope="module")
+def gemma_dir(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(6)
+    return gemma3(tiny_tokenizer, tmp_path_factory.mktemp("gemma") / "model")
+
+
+def test_gemma3_has_the_names_and_the_order_of_mlc_llm(gemma_dir: Path, tmp_path: Path) -> None:
+    """``mlc_llm`` gives its text model a prefix, keeps queries, keys and values apart, adds one to the norms,
+    and reads a file's tensors by name: layer 10 before layer 2."""
+    folder = tmp_path / "model"
+    shutil.copytree(gemma_dir, folder)
+    config = json.loads((folder / "config.json").read_text())
+    layers = 11
+    config |= {"num_hidden_layers": layers, "layer_types": ["full_attention"] * layers}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    first = {name: value for name, value in tensors.items() if ".layers.0." in name}
+    for number in range(7, layers):
+        tensors |= {
+            name.replace("layers.0", f"layers.{number}"): value.clone() for name, value in first.items()
+        }
+    tensors = {name: value.to(torch.bfloat16) for name, value in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    out = export_mlc(folder, tmp_path / "out", "t", "q0f16", compile_cpu=False)
+    cache = json.loads((out / "tensor-cache.json").read_text())
+    records = [record for shard in cache["records"] for record in shard["records"]]
+    layer = [
+        "input_layernorm",
+        "mlp.down_proj",
+        "mlp.gate_up_proj",
+        "post_attention_layernorm",
+        "post_feedforward_layernorm",
+        "pre_feedforward_layernorm",
+        *(f"self_attn.{part}" for part in ("k_norm", "k_proj", "o_proj", "q_norm", "q_proj", "v_proj")),
+    ]
+    numbers = sorted(range(layers), key=str)
+    assert numbers[:3] == [0, 1, 10]
+    assert [record["name"] for record in records] == [
+        "language_model.model.embed_tokens.weight",
+        *(f"language_model.model.layers.{number}.{part}.weight" for number in numbers for part in layer),
+        "language_model.model.norm.weight",
+    ]
+    parameters, _ = tvmjs.load_tensor_cache(str(out), tvm.cpu())
+    for name, parameter in parameters.items():
+        source = name.removeprefix("language_model.")
+        if "gate_up_proj" in name:
+            parts = [tensors[source.replace("gate_up", part)] for part in ("gate", "up")]
+            expected = torch.cat(parts)
+        else:
+            # In bfloat16, as numpy adds a whole number to it there.
+            expected = tensors[source] + (1 if "norm" in name else 0)
+        np.testing.assert_array_equal(parameter.numpy(), expected.to(torch.float16).numpy(), err_msg=name)
+
+
+def test_gemma3_in_four_bits_is_its_dequantized_model(gemma_dir: Path, tmp_path: Path) -> None:
+    """Over more tokens than its window, in one pass, in two, and one by one."""
+    runtime = MlcRuntime(export_mlc(gemma_dir, tmp_path / "out", "t", "q4f32_1"))
+    ids = runtime.tokenize(TEXT * 4)
+    assert len(ids) > 64
+    expected = logits_of(dequantized_model(tmp_path / "out", gemma_dir), ids)[:, : runtime.vocabulary_size]
+    assert np.abs(runtime.forward(ids) - expected).max() < 1e-4
+    runtime.reset()
+    assert np.abs(runtime.prefill(ids[:40]) - expected[39]).max() < 1e-4
+    assert np.abs(runtime.prefill(ids[40:60]) - expected[59]).max() < 1e-4
+    for place in range(60, 70):
+        assert np.abs(runtime.decode(ids[place]) - expected[place]).max() < 1e-4
+    config = json.loads((tmp_path / "out" / "mlc-chat-config.json").read_text())
+    assert config["prefill_chunk_size"] == runtime.metadata["prefill_chunk_size"] == 16  # the window
+    assert config["sliding_window_size"] == -1  # of all layers; those with a window are the library's matter
+    assert config["model_config"]["text_config"]["sliding_window_size"] == 16
 
 
 @pytest.mark.parametrize("quantization", list(QUANTIZATIONS))

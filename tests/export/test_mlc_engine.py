@@ -1,32 +1,39 @@
 """The functions that MLC's engine calls: the paged cache against torch, sampling against numpy."""
 
 import json
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import tvm
+from test_families import gemma3, qwen3
+from test_mlc import dequantized_model, logits_of
+from transformers import PreTrainedTokenizerFast
 from tvm import relax
 from tvm.contrib import tvmjs
 
 from export.mlc import export_mlc
-from export.torch_runtime import TorchRuntime
 
-IDS = np.random.default_rng(0).integers(3, 2000, 24).astype(np.int32)
+IDS = np.random.default_rng(0).integers(3, 1700, 48).astype(np.int32)
 VOCABULARY = 100
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[Any], Any]:
-    """The library of the tiny model in float32, its parameters as one tuple, its metadata."""
-    folder = export_mlc(tiny_model_dir, tmp_path_factory.mktemp("engine") / "out", "t", "q0f32")
+def engine(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The library of the tiny model in float32, its parameters as one tuple, its metadata, its folder."""
+    return engine_of(tiny_model_dir, tmp_path_factory.mktemp("engine") / "out")
+
+
+def engine_of(model_dir: Path, output_dir: Path) -> tuple[Any, list[Any], Any, Path]:
+    folder = export_mlc(model_dir, output_dir, "t", "q0f32")
     (library,) = (folder / "libs").glob("*.so")
     machine = relax.VirtualMachine(tvm.runtime.load_module(str(library)), tvm.cpu())
     metadata = json.loads(str(machine["_metadata"]()))
     arrays, _ = tvmjs.load_tensor_cache(str(folder), tvm.cpu())
-    return machine, [arrays[each["name"]] for each in metadata["params"]], metadata
+    return machine, [arrays[each["name"]] for each in metadata["params"]], metadata, folder
 
 
 def tensor(values: Any, dtype: str = "float32") -> Any:
@@ -35,7 +42,7 @@ def tensor(values: Any, dtype: str = "float32") -> Any:
 
 def run(engine: Any, cache: Any, name: str, lengths: dict[int, int], ids: Any, shape: Any, *more: Any) -> Any:
     """One call of a model function for some sequences, as the engine makes it."""
-    machine, parameters, _ = engine
+    machine, parameters, *_ = engine
     numbers = tvm.runtime.ShapeTuple(list(lengths))
     function = tvm.get_global_func
     function("vm.builtin.kv_state_begin_forward")(
@@ -48,46 +55,58 @@ def run(engine: Any, cache: Any, name: str, lengths: dict[int, int], ids: Any, s
     return logits.numpy()
 
 
-def test_sequences_in_batches_are_what_torch_makes_of_each_alone(engine: Any, tiny_model_dir: Path) -> None:
-    runtime = TorchRuntime(tiny_model_dir)
-
-    def expected(ids: np.ndarray) -> np.ndarray:
-        runtime.reset()
-        return runtime.forward(ids.tolist())
-
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_sequences_in_batches_are_what_torch_makes_of_each_alone(
+    engine: Any,
+    tiny_model_dir: Path,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    family: str,
+) -> None:
+    """Over more tokens than Gemma's window of 16, a whole window at a time."""
+    model_dir = tiny_model_dir
+    if family != "llama":
+        torch.manual_seed(7)
+        model_dir = {"qwen3": qwen3, "gemma3": gemma3}[family](tiny_tokenizer, tmp_path / "model")
+        engine = engine_of(model_dir, tmp_path / "out")
+    machine, _, metadata, folder = engine
+    rows = metadata["vocab_size"]
     one, other = IDS, IDS[::-1]
-    first, second = expected(one), expected(other)
-    close: Callable[..., None] = lambda found, wanted: np.testing.assert_allclose(  # noqa: E731
-        found,
-        wanted,
-        rtol=0,
-        atol=0.01 * np.abs(first).max(),  # weights are stored in bfloat16
-    )
+    model = dequantized_model(folder, model_dir)
+    first, second = logits_of(model, one.tolist()), logits_of(model, other.tolist())
+    close = partial(np.testing.assert_allclose, rtol=0, atol=1e-5 * np.abs(first).max())
     sizes = [tvm.runtime.ShapeTuple([size]) for size in (4, 256, 64, 16, 0)]
-    cache = engine[0]["create_tir_paged_kv_cache"](*sizes)
+    cache = machine["create_tir_paged_kv_cache"](*sizes)
     for number in (0, 1):
         tvm.get_global_func("vm.builtin.kv_state_add_sequence")(cache, number)
-    logits = run(
-        engine,
-        cache,
-        "batch_prefill",
-        {0: 17, 1: 5},
-        np.concatenate([one[:17], other[:5]]),
-        (1, 22),
-        tensor([16, 21], "int32"),
-    )
-    assert logits.shape == (1, 2, 2048)
-    close(logits[0], [first[16], second[4]])
-    logits = run(engine, cache, "batch_decode", {0: 1, 1: 1}, [one[17], other[5]], (2, 1))
-    assert logits.shape == (2, 1, 2048)
-    close(logits[:, 0], [first[17], second[5]])
-    close(run(engine, cache, "batch_verify", {1: 4}, other[6:10], (1, 4))[0], second[6:10])
-    close(run(engine, cache, "prefill", {0: 3}, one[18:21], (1, 3))[0, 0], first[20])
-    close(run(engine, cache, "decode", {0: 1}, one[21:22], (1, 1))[0, 0], first[21])
+
+    def prefill(lengths: dict[int, int], *begins: int) -> Any:
+        parts = [
+            ids[begin : begin + length]
+            for ids, begin, length in zip((one, other), begins, lengths.values(), strict=True)
+        ]
+        last = np.cumsum(list(lengths.values())) - 1
+        ids = np.concatenate(parts)
+        return run(
+            engine, cache, "batch_prefill", lengths, ids, (1, ids.size), tensor(last.tolist(), "int32")
+        )
+
+    logits = prefill({0: 16, 1: 5}, 0, 0)
+    assert logits.shape == (1, 2, rows)
+    close(logits[0], [first[15], second[4]])
+    close(prefill({0: 3, 1: 16}, 16, 5)[0], [first[18], second[20]])
+    close(prefill({0: 16, 1: 2}, 19, 21)[0], [first[34], second[22]])
+    logits = run(engine, cache, "batch_decode", {0: 1, 1: 1}, [one[35], other[23]], (2, 1))
+    assert logits.shape == (2, 1, rows)
+    close(logits[:, 0], [first[35], second[23]])
+    close(run(engine, cache, "batch_verify", {1: 4}, other[24:28], (1, 4))[0], second[24:28])
+    close(run(engine, cache, "prefill", {0: 3}, one[36:39], (1, 3))[0, 0], first[38])
+    for place in range(39, 47):
+        close(run(engine, cache, "decode", {0: 1}, one[place : place + 1], (1, 1))[0, 0], first[place])
 
 
 def test_metadata_is_what_the_engine_reads(engine: Any) -> None:
-    machine, parameters, metadata = engine
+    machine, parameters, metadata, _ = engine
     assert metadata["kv_state_kind"] == "kv_cache"
     assert metadata["context_window_size"] == 512
     assert metadata["prefill_chunk_size"] == 512

@@ -186,6 +186,7 @@ LIMITS = {"gguf": 1e-4, "onnx": 1e-8, "mlc": 1e-3}
         ("qwen3", "mlc"),
         ("gemma3", "gguf"),
         ("gemma3", "onnx"),
+        ("gemma3", "mlc"),
         ("granite", "gguf"),
         ("granite", "onnx"),
     ],
@@ -204,13 +205,40 @@ def test_the_runtime_computes_and_reads_what_transformers_does(
     runtime.close()
 
 
-@pytest.mark.parametrize(("family", "model_type"), [("gemma3", "gemma3_text"), ("granite", "granite")])
-def test_what_mlc_cannot_hold_is_told_before(
-    model_dirs: dict[str, Path], family: str, model_type: str
-) -> None:
-    (problem,) = preflight.problems(model_dirs[family], ["mlc"])
+def test_what_mlc_cannot_hold_is_told_before(model_dirs: dict[str, Path]) -> None:
+    (problem,) = preflight.problems(model_dirs["granite"], ["mlc"])
     assert problem.startswith("export.mlc: ")
-    assert f"model_type '{model_type}' cannot be exported to MLC" in problem
+    assert "model_type 'granite' cannot be exported to MLC" in problem
+    assert preflight.problems(model_dirs["gemma3"], ["mlc"]) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping of a Gemma 3 cannot be exported"),
+        ({"tie_word_embeddings": False}, "MLC takes the head of a Gemma 3 from its embedding"),
+        ({"hidden_activation": "gelu"}, "only gelu_pytorch_tanh feed-forward layers"),
+        ({"layer_types": ["sliding_attention"] * 7}, "without a layer that sees all tokens"),
+        (
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                }
+            },
+            "rope scaling 'linear'",
+        ),
+    ],
+)
+def test_a_gemma_that_mlc_cannot_hold_is_told_before(
+    model_dirs: dict[str, Path], tmp_path: Path, changes: dict[str, Any], sentence: str
+) -> None:
+    model_dir = Path(shutil.copytree(model_dirs["gemma3"], tmp_path / "model"))
+    config = json.loads((model_dir / "config.json").read_text())
+    (model_dir / "config.json").write_text(json.dumps(config | changes))
+    (problem,) = preflight.problems(model_dir, ["mlc"])
+    assert problem.startswith("export.mlc: ")
+    assert sentence in problem
 
 
 def test_what_every_format_can_hold_is_no_problem(model_dirs: dict[str, Path]) -> None:
