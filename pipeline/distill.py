@@ -49,6 +49,8 @@ STAGE = "distill"
 VERSION = 2
 IRRELEVANT = ("objective", "control")
 """Keys of the section that do not change this result: the objective is an argument of its own."""
+ADDED = {"temperature": 1.0}
+"""Keys that came later, with the values that change nothing: what was trained before them stays good."""
 
 
 def run(
@@ -160,7 +162,9 @@ def run(
         )
 
     parameters = {
-        key: value for key, value in recipe.slice("distill")["distill"].items() if key not in IRRELEVANT
+        key: value
+        for key, value in recipe.slice("distill")["distill"].items()
+        if key not in IRRELEVANT and (key not in ADDED or value != ADDED[key])
     }
     if recipe.launch is not None:
         # More processes make larger batches; where the machines meet changes nothing.
