@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from uuid import UUID
 
 import psutil
 from prefect import flow, get_run_logger, runtime, task
@@ -164,7 +165,7 @@ def showing_progress(title: str, stages: list[str]) -> Callable[[str, str, str |
     Returns:
         What is to be told each line, its stage and, where it changes, that stage's state.
     """
-    artifact = create_progress_artifact(0.0, key="progress", description=title)
+    artifact = cast(UUID, create_progress_artifact(0.0, key="progress", description=title))
     parts = dict.fromkeys(stages, 0.0)
     changed = time.monotonic()
 

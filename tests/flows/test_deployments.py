@@ -6,14 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import anyio
 import prefect
 import pytest
 import yaml
+from prefect.blocks.system import Secret
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools.validation import validate
 from prefect.utilities.templating import apply_values
-from prefect.workers.process import ProcessWorker
+from prefect.workers.process import ProcessJobConfiguration, ProcessWorker
 
 ROOT = Path(__file__).parents[2]
 FILES = ("prefect.yaml", "deploy/docker.yaml", "deploy/kubernetes.yaml")
@@ -109,6 +111,15 @@ def test_a_job_has_image_volume_secret_and_limits() -> None:
         assert deployment["parameters"][key].startswith(f"{mount['mountPath']}/")
     assert pod["restartPolicy"] == "Never"
     assert made["job_manifest"]["spec"]["backoffLimit"] == 0
+
+
+def test_a_secret_block_in_a_pools_template_reaches_the_run(prefect_server: None) -> None:
+    """As docs/guides/machines.md says."""
+    Secret(value="hf_fromABlock").save("hf-token", overwrite=True)
+    ours = template("process")
+    ours["variables"]["properties"]["env"]["default"] = {"HF_TOKEN": "{{ prefect.blocks.secret.hf-token }}"}
+    made = anyio.run(ProcessJobConfiguration.from_template_and_values, ours, {})
+    assert made.env["HF_TOKEN"] == "hf_fromABlock"
 
 
 def test_the_image_holds_what_the_deployments_name() -> None:

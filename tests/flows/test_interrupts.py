@@ -73,11 +73,19 @@ def test_two_runs_at_once_share(
     start: Callable[..., Run],
     tmp_path: Path,
 ) -> None:
-    """One store, one recipe, two commands: what one makes the other takes."""
+    """One store, one recipe, two commands and a third that lays out the same release as the first: what one
+    makes the others take."""
     recipe = write_recipe(tiny_recipe)
-    runs = [start(recipe, release=tmp_path / name) for name in ("one", "two")]
-    assert [run.end() for run in runs] == [0, 0], [run.lines[-5:] for run in runs]
+    runs = [start(recipe, release=tmp_path / name) for name in ("one", "two", "one")]
+    assert [run.end(900) for run in runs] == [0, 0, 0], [run.lines[-5:] for run in runs]
     taken = sum("from the store" in line for run in runs for line in run.lines)
-    assert taken == len(seconds_of_stages(runs[0].lines + runs[1].lines)) - 1, "but each lays its release out"
+    stages = len(seconds_of_stages([line for run in runs for line in run.lines]))
+    assert taken == 2 * (stages - 1), "but each looks after its release"
     assert what_it_is(tmp_path / "one") == what_it_is(tmp_path / "two")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [
+        "models0",
+        "one",
+        "store",
+        "two",
+    ]
     assert_store_is_whole(tmp_path / "store")
