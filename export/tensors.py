@@ -28,7 +28,8 @@ def tensor_kinds(path: Path) -> dict[str, dict[str, int]]:
     """
     kinds: dict[str, Counter[str]] = {}
     for name, tensor_type in type_of_each(path).items():
-        kind = LAYER.sub("", name).removeprefix("model.").removesuffix("_f16").removesuffix(".weight")
+        kind = LAYER.sub("", name.removeprefix("language_model.")).removeprefix("model.")
+        kind = kind.removesuffix("_f16").removesuffix(".weight")
         kinds.setdefault(kind, Counter())[tensor_type] += 1
     return {kind: dict(counts.most_common()) for kind, counts in kinds.items()}
 
