@@ -50,8 +50,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(86_400)]
 SECONDS = float(os.environ.get("MARTLET_FUZZ_SECONDS", "20"))
 INPUTS = int(os.environ.get("MARTLET_FUZZ_INPUTS", "0"))
 SEED = os.environ.get("MARTLET_FUZZ_SEED", "0")
-TOO_LONG = 10.0
-"""Seconds after which an input has made its reader hang."""
+TOO_LONG, TOO_STILL = 10.0, 600.0
+"""Seconds of processor time, and by the clock, after which an input has made its reader hang."""
 TOO_MUCH = 4 * 2**30
 """Bytes of address space that no reader of a few hundred bytes may take."""
 LONGEST_SENTENCE = 1000
@@ -124,7 +124,7 @@ def fuzz(kind: str, *readers: Reader) -> None:
     test and tells the input."""
 
     def hang(number: int, frame: Any) -> None:
-        raise Hang(f"longer than {TOO_LONG} s")
+        raise Hang(f"longer than {TOO_LONG} s of processor time, or {TOO_STILL} s by the clock")
 
     chance = random.Random(f"{kind} {SEED}")
     turns = [reader for reader in readers for _ in range(reader.turns)]
@@ -132,14 +132,15 @@ def fuzz(kind: str, *readers: Reader) -> None:
     told = began
     limits = resource.getrlimit(resource.RLIMIT_AS)
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    before = signal.signal(signal.SIGALRM, hang)
+    before = {number: signal.signal(number, hang) for number in (signal.SIGPROF, signal.SIGALRM)}
     resource.setrlimit(resource.RLIMIT_AS, (taken + TOO_MUCH, limits[1]))
     try:
         while count < INPUTS if INPUTS else time.monotonic() < began + SECONDS:
             reader = turns[count % len(turns)]
             data = reader.draw(chance)
             refusal: Exception | None = None
-            signal.setitimer(signal.ITIMER_REAL, TOO_LONG)
+            signal.setitimer(signal.ITIMER_PROF, TOO_LONG)
+            signal.setitimer(signal.ITIMER_REAL, TOO_STILL)
             try:
                 reader.read(data)
             except REFUSED as error:
@@ -148,6 +149,7 @@ def fuzz(kind: str, *readers: Reader) -> None:
                 shown = data if len(data) <= 4000 else data[:4000] + b"..."
                 raise AssertionError(f"{reader.name}, seed {SEED}, input {count}: {shown!r}") from error
             finally:
+                signal.setitimer(signal.ITIMER_PROF, 0)
                 signal.setitimer(signal.ITIMER_REAL, 0)
             reader.take(data, refusal, chance)
             count += 1
@@ -155,7 +157,8 @@ def fuzz(kind: str, *readers: Reader) -> None:
                 told = time.monotonic()
                 print(f"{kind}: {count:,} inputs in {told - began:.0f} s", flush=True)
     finally:
-        signal.signal(signal.SIGALRM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         resource.setrlimit(resource.RLIMIT_AS, limits)
     took = time.monotonic() - began
     print(f"{kind}: {count:,} inputs in {took:.0f} s, {count / took:,.0f} a second, seed {SEED}")
