@@ -18,7 +18,13 @@ from typer.exceptions import TyperException
 from export import quantizations
 from export.errors import ExportError
 from flows import store_commands
-from flows.interrupts import INTERRUPTED, ending_at_once, ending_with_server, leashed_children
+from flows.interrupts import (
+    INTERRUPTED,
+    closed_before_ending,
+    ending_at_once,
+    ending_with_server,
+    leashed_children,
+)
 from pipeline.errors import EXIT_BAD_INPUT, EXIT_GATE_FAILED, EXIT_INTERRUPTED, GateFailed, UserError
 
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
@@ -685,6 +691,7 @@ def progress_shown(
             foot = [f"release: {release}", f"stages: {store}", f"logs: {store / 'logs'}"]
             view = LiveView(console, f"{plans[0].name}  ({recipes[0]})", stage_names(plans[0]), foot)
             handler = stack.enter_context(view)
+            stack.enter_context(closed_before_ending(view.interrupted))
         progress.addHandler(handler)
         try:
             yield live

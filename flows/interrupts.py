@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -29,7 +29,11 @@ SERVER = "prefect.server.api.server"
 SERVER_GRACE_SECONDS = 3.0
 """In which Prefect itself starts its server again, where its port was taken."""
 
+CLOSING_SECONDS = 1.0
+"""How long an end waits for the screen to be drawn a last time; who draws may be what was interrupted."""
+
 _ending = threading.Lock()
+_closing: list[Callable[[], None]] = []
 
 
 @contextlib.contextmanager
@@ -99,6 +103,17 @@ def ending_with_server(log: Path) -> Iterator[None]:
         thread.join()
 
 
+@contextlib.contextmanager
+def closed_before_ending(close: Callable[[], None]) -> Iterator[None]:
+    """While it lasts, ``close`` is called before this process ends at once, so that a live view does not stay
+    on the screen as if it still moved."""
+    _closing.append(close)
+    try:
+        yield
+    finally:
+        _closing.remove(close)
+
+
 def end_now(sentence: str = INTERRUPTED, code: int = EXIT_INTERRUPTED) -> None:
     """Ends this process with a sentence and an exit code (by default an interrupt's), its children first.
 
@@ -113,8 +128,13 @@ def end_now(sentence: str = INTERRUPTED, code: int = EXIT_INTERRUPTED) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGSTOP)
         stopped |= new
+    for close in _closing:
+        thread = threading.Thread(target=close, daemon=True)
+        thread.start()
+        thread.join(CLOSING_SECONDS)
     Console(stderr=True).show_cursor()  # the live view hides it
-    print(sentence, file=sys.stderr, flush=True)
+    # Not through a live view that could not be closed: it would print above itself, and wait for itself.
+    print(sentence, file=getattr(sys.stderr, "rich_proxied_file", sys.stderr), flush=True)
     for pid in stopped:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

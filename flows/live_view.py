@@ -32,7 +32,7 @@ LABEL = re.compile(r"(?P<name>[^:()]+?)(?: \([^()]*\))?: (?P<rest>.+)", re.DOTAL
 class Row:
     """A stage as it is shown."""
 
-    state: str = "waiting"  # then "running", then "done", "cached" or "failed"
+    state: str = "waiting"  # then "running", then "done", "cached", "failed" or "stopped"
     line: str = ""
     started: float = 0.0
     ended: float = 0.0
@@ -71,10 +71,18 @@ class LiveView(logging.Handler):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            for row in self.rows.values():
-                if row.state == "running":
-                    row.state, row.ended = "failed", time.monotonic()
+            self._end_running("failed")
         self.live.stop()
+
+    def interrupted(self) -> None:
+        """Draws a last time what was running when the run was stopped from outside."""
+        self._end_running("stopped")
+        self.live.stop()
+
+    def _end_running(self, state: str) -> None:
+        for row in self.rows.values():
+            if row.state == "running":
+                row.state, row.ended = state, time.monotonic()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Takes a record of the flow's logger up."""
@@ -179,6 +187,8 @@ class LiveView(logging.Handler):
             return Text("✓", style="green"), Text(name), Text(seconds, style="dim")
         if row.state == "failed":
             return Text("✗", style="bold red"), Text(name, style="bold red"), Text(f"failed after {seconds}")
+        if row.state == "stopped":
+            return Text("■", style="yellow"), Text(name, style="yellow"), Text(f"stopped after {seconds}")
         return self.spinner, Text(name, style="bold"), self._doing(row)
 
     def _doing(self, row: Row) -> Table | Text:
@@ -186,7 +196,7 @@ class LiveView(logging.Handler):
         if not isinstance(row.line, Progress):
             return Text(" · ".join(part for part in (row.line, running) if part))
         left = row.line.seconds_left
-        told = [f"{row.line.done:,}/{row.line.total:,}"]
+        told = [f"{row.line.done:,}/{row.line.total:,} {row.line.unit}"]
         told += [] if left is None else [f"{readable_seconds(left)} left"]
         told += [row.line.figures] if row.line.figures else []
         told += [running] if left is None else []

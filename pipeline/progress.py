@@ -7,13 +7,14 @@ class Progress(str):
     """A line of text that also carries its numbers, for those who draw bars; for all others it is the line.
 
     Attributes:
-        done, total: how much of how much is done.
+        done, total, unit: how much of how much is done, and of what.
         figures: what else there is to show beside the bar: loss, rate, ...
         seconds_left: estimate; None when there is none yet.
     """
 
     done: int
     total: int
+    unit: str
     figures: str
     seconds_left: float | None
 
@@ -32,7 +33,8 @@ class Progress(str):
         parts += [figures] if figures else []
         parts += [f"{readable_seconds(seconds_left)} left"] if seconds_left is not None else []
         line = super().__new__(cls, ", ".join(parts))
-        line.done, line.total, line.figures, line.seconds_left = done, total, figures, seconds_left
+        line.done, line.total, line.unit = done, total, unit
+        line.figures, line.seconds_left = figures, seconds_left
         return line
 
 

@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 GROUP = typer.main.get_command(app)
 COMMANDS: dict[str, typer.core.TyperCommand] = GROUP.commands  # type: ignore[attr-defined]
 STORE: dict[str, typer.core.TyperCommand] = COMMANDS["store"].commands  # type: ignore[attr-defined]
+MARTLET = ("-m", "flows.command_line")
 LEAVES = {name: command for name, command in COMMANDS.items() if name != "store"}
 LEAVES |= {f"store {name}": command for name, command in STORE.items()}
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -62,11 +63,11 @@ def test_live_view_tells_what_each_stage_does(view: LiveView) -> None:
     assert title.startswith("Tiny  (tiny.yaml)")
     assert teacher.split() == ["✓", "teacher", "from", "the", "store"]
     assert "distill" in distill
-    assert "12/48 · 1 min 23 s left · loss 3.250, 178 tok/s" in distill
+    assert "12/48 steps · 1 min 23 s left · loss 3.250, 178 tok/s" in distill
     assert "━━━━╸ " in distill  # a quarter of 18 cells
     assert export.split() == ["·", "export", "gguf"]
     assert foot == "release: here"
-    assert "12/48" not in "\n".join(screen(view))
+    assert "12/48 steps" not in "\n".join(screen(view))
     said = ESCAPES.sub("", view.console.file.getvalue())  # type: ignore[attr-defined]
     assert "warning: a damaged artifact" in said
 
@@ -105,7 +106,7 @@ def test_live_view_counts_later_stages_on_a_low_screen() -> None:
     assert len(running) == 7
     assert running[-1] == "foot"
     assert running[-2].split() == ["·", "16", "more"]
-    assert "1,200/4,000 · 2 h 1 min left" in running[1]
+    assert "1,200/4,000 steps · 2 h 1 min left" in running[1]
 
 
 def test_at_80_columns_rate_and_time_left_are_in_sight_and_places_in_whole() -> None:
@@ -123,7 +124,7 @@ def test_at_80_columns_rate_and_time_left_are_in_sight_and_places_in_whole() -> 
         line = Progress("distill", 1_200, 4_000, "steps", "178 tok/s, loss 3.250, t 0.40", 725.0)
         say(view, line, "distill")
         running = screen(view)
-        assert "1,200/4,000 · 12 min 5 s left · 178 tok/s" in running[2]
+        assert "1,200/4,000 steps · 12 min 5 s left · 178 tok/s" in running[2]
         assert [place for place in places if any(place in row for row in running[-2:])] == places
         assert len(running) < 24
         say(view, "waiting: logits are being made by another stage or run", "distill")
@@ -237,13 +238,13 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) ->
 
 
 class Terminal:
-    """A program in a pseudo-terminal of its own."""
+    """Python with these arguments in a pseudo-terminal of its own."""
 
     def __init__(self, *arguments: str) -> None:
         main, other = pty.openpty()
         self.descriptor = main
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "flows.command_line", *arguments],
+            [sys.executable, *arguments],
             stdin=other,
             stdout=other,
             stderr=other,
@@ -280,7 +281,7 @@ def take_terminal() -> None:
 
 
 def test_a_conversation_in_a_terminal(tiny_gguf: Path) -> None:
-    terminal = Terminal("chat", str(tiny_gguf.parent), "--max-tokens", "12", "--threads", "1")
+    terminal = Terminal(*MARTLET, "chat", str(tiny_gguf.parent), "--max-tokens", "12", "--threads", "1")
     try:
         terminal.until(re.escape(tiny_gguf.name) + r".*/new starts over.*> ")
         terminal.type("What is rain?\r")
@@ -302,7 +303,7 @@ def test_a_conversation_in_a_terminal(tiny_gguf: Path) -> None:
 
 def test_ctrl_c_ends_an_answer_and_not_the_conversation(tiny_gguf: Path) -> None:
     terminal = Terminal(
-        "chat", str(tiny_gguf), "--max-tokens", "100000", "--threads", "1", "--temperature", "2"
+        *MARTLET, "chat", str(tiny_gguf), "--max-tokens", "100000", "--threads", "1", "--temperature", "2"
     )
     try:
         terminal.until(r"> ")
@@ -312,6 +313,38 @@ def test_ctrl_c_ends_an_answer_and_not_the_conversation(tiny_gguf: Path) -> None
         terminal.until(r"tok/s\].*> ")
         terminal.type("/quit\r")
         assert terminal.process.wait(20) == 0
+    finally:
+        terminal.process.kill()
+        os.close(terminal.descriptor)
+
+
+@pytest.mark.parametrize("drawing", [False, True])
+def test_ctrl_c_leaves_a_screen_that_has_ended(drawing: bool) -> None:
+    """The view says what was stopped, and the sentence stands below it, also where Ctrl-C comes while it is
+    being drawn, as by a thread that never ends."""
+    program = """if True:
+        import logging, sys, threading, time
+        from rich.console import Console
+        from flows.interrupts import closed_before_ending, ending_at_once
+        from flows.live_view import LiveView
+        view = LiveView(Console(stderr=True), "Tiny", ["teacher", "distill"], ["release: here"])
+        record = logging.LogRecord("martlet", logging.INFO, "", 0, "distill ...", None, None)
+        record.stage, record.state = "distill", "running"
+        with ending_at_once(), view, closed_before_ending(view.interrupted):
+            view.handle(record)
+            if sys.argv[1] == "True":
+                view.live._lock.acquire()
+            print("ready", flush=True)
+            time.sleep(60)
+    """
+    terminal = Terminal("-c", program, str(drawing))
+    try:
+        terminal.until("ready")
+        terminal.type("\x03")
+        assert terminal.process.wait(20) == 130
+        sentence = re.escape("martlet: interrupted; the same command goes on where this one stopped.")
+        shown = r".*■ distill +stopped after 0 s\s+release: here\s*\n" if not drawing else ".*"
+        terminal.until(rf"{shown}{sentence}\r\n$")
     finally:
         terminal.process.kill()
         os.close(terminal.descriptor)
