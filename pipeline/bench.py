@@ -21,7 +21,7 @@ from pipeline.progress import Progress
 from pipeline.recipe import Recipe
 
 STAGE = "device"
-VERSION = 4
+VERSION = 5
 SWEPT = (
     "threads",
     "prefill_tokens_per_s",
@@ -176,6 +176,11 @@ def _under_profile(
             "status": "failed",
             "reason": f"It needs more than {profile.memory_mb} MB and was killed.",
         }
+    except TooSlow:
+        return entry | {
+            "status": "failed",
+            "reason": f"It was not done after {request['timeout_s']:g} s (bench.timeout_s).",
+        }
     reasons = []
     if measured["decode_tokens_per_s"] < profile.min_decode_tokens_per_s:
         reasons.append(
@@ -196,11 +201,17 @@ class Killed(UserError):
     """The kernel ended a measurement that took more memory than there was."""
 
 
+class TooSlow(UserError):
+    """A measurement was ended because it took longer than it may."""
+
+
 def _measure(request: dict[str, Any], work: Path, log: Path) -> dict[str, Any]:
     """Runs ``pipeline.bench_worker``.
 
     Raises:
-        UserError: it failed or was ended by a signal.
+        Killed: it was ended by the kernel, for want of memory.
+        TooSlow: it took longer than ``timeout_s``.
+        UserError: it failed.
     """
     request_file, result_file = work / "request.json", work / "result.json"
     write_json(request_file, request)
@@ -218,7 +229,7 @@ def _measure(request: dict[str, Any], work: Path, log: Path) -> dict[str, Any]:
     if finished.returncode == 0:
         return json.loads(result_file.read_text(encoding="utf-8"))
     if finished.returncode == -signal.SIGALRM:
-        raise UserError(
+        raise TooSlow(
             f"{Path(request['file']).name}: took longer than bench.timeout_s, {request['timeout_s']:g} s; "
             "raise it or measure less."
         )

@@ -17,6 +17,7 @@ from export.errors import ExportError
 from export.runtime import runtime_class
 from pipeline.artifacts import write_json
 from pipeline.bandwidth import bytes_read_per_token, read_bandwidth
+from pipeline.energy import EnergyCounter, energy_per_token
 from pipeline.memory import forget_peak, memory, proportional_set_size
 
 
@@ -51,7 +52,9 @@ def measure(
         rss_file_bytes at the end and peak_rss_bytes
         since before the load, all of the whole process, and rss_anon_before_load_bytes, what of it the
         interpreter and its libraries had before; cpu_pressure, the per cent of the measured time in which
-        some task of the machine waited for a CPU (null where the kernel does not count that); pss_bytes,
+        some task of the machine waited for a CPU, and cpu_pressure_before, the same of the ten seconds before
+        the load (null where the kernel does not count that); energy, of ``pipeline.energy.energy_per_token``,
+        prompt and answer together; pss_bytes,
         where pages shared with other processes count by their share; bytes_read_per_token, the weights of
         it; memory_bytes_per_s, what so many threads can read from memory, measured after the model is closed;
         bandwidth_utilisation, the first times the decode speed over the second.
@@ -60,6 +63,7 @@ def measure(
         ExportError: the runtime refuses the file or the tokens.
     """
     open_file = runtime_class(file)
+    pressure_before = recent_cpu_pressure()
     forget_peak()
     before = memory()
     started = time.perf_counter()
@@ -68,6 +72,7 @@ def measure(
     time_to_first_token, prefill, decode = [], [], []
     cpu_seconds, stalled, measured_seconds = 0.0, 0.0, 0.0
     counted = cpu_stall_seconds() is not None
+    energy = EnergyCounter()
     for repetition in range(repetitions + 1):
         runtime.reset()
         stalled_before = cpu_stall_seconds() or 0.0
@@ -80,6 +85,7 @@ def measure(
         ended = time.perf_counter()
         if repetition == 0:
             time.sleep(settle_s)
+            energy = EnergyCounter()
             continue
         cpu_seconds += time.process_time() - cpu_before
         stalled += (cpu_stall_seconds() or 0.0) - stalled_before
@@ -87,8 +93,10 @@ def measure(
         time_to_first_token.append(first - started)
         prefill.append(len(prompt) / (first - started))
         decode.append(generated_tokens / (ended - first))
+    joules = energy.joules()
     after = memory()
     shared = proportional_set_size()
+    tokens = repetitions * (len(prompt) + generated_tokens)
     result: dict[str, Any] = {
         "runtime": runtime.name,
         "threads": threads,
@@ -98,7 +106,8 @@ def measure(
         "prefill_std": statistics.stdev(prefill) if len(prefill) > 1 else 0.0,
         "decode_tokens_per_s": statistics.mean(decode),
         "decode_std": statistics.stdev(decode) if len(decode) > 1 else 0.0,
-        "cpu_seconds_per_token": cpu_seconds / (repetitions * (len(prompt) + generated_tokens)),
+        "cpu_seconds_per_token": cpu_seconds / tokens,
+        "energy": energy_per_token(joules, cpu_seconds, tokens),
         "processors_busy": cpu_seconds / measured_seconds,
         "backend": runtime.backend.as_dictionary(),
         "pss_bytes": shared,
@@ -106,6 +115,7 @@ def measure(
         "rss_file_bytes": after["RssFile"],
         "peak_rss_bytes": after["VmHWM"],
         "rss_anon_before_load_bytes": before["RssAnon"],
+        "cpu_pressure_before": pressure_before,
         "cpu_pressure": min(100.0, 100 * stalled / measured_seconds) if counted else None,
         "repetitions": repetitions,
         "prompt_tokens": len(prompt),
@@ -249,6 +259,17 @@ def cpu_stall_seconds() -> float | None:
         some = next(line for line in lines if line.startswith("some "))
         return int(some.rpartition("total=")[2]) / 1e6
     except (OSError, StopIteration, ValueError):
+        return None
+
+
+def recent_cpu_pressure() -> float | None:
+    """Per cent of the last ten seconds in which some task waited for a CPU; None where the kernel keeps no
+    such count."""
+    try:
+        lines = Path("/proc/pressure/cpu").read_text(encoding="ascii").splitlines()
+        some = next(line for line in lines if line.startswith("some "))
+        return float(some.partition("avg10=")[2].split()[0])
+    except (OSError, StopIteration, ValueError, IndexError):
         return None
 
 

@@ -54,6 +54,8 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
+SOFTWARE_GPUS = ("swiftshader", "llvmpipe", "lavapipe")
+"""What WebGPU calls graphics processors that are programs."""
 MEDIA_TYPES = {
     ".mjs": "text/javascript",
     ".js": "text/javascript",
@@ -92,7 +94,7 @@ class Measurement(_Strict):
     """One file measured by the page or over adb; the units are those of ``report.json``'s ``device``."""
 
     file: Word
-    format: Literal["gguf", "onnx"]
+    format: Literal["gguf", "mlc", "onnx"]
     quantization: Word
     bytes: Annotated[int, Field(gt=0)]
     runtime: Word
@@ -302,9 +304,16 @@ def add_result(root: Path, result: Result) -> str:
         One line that says what was measured.
 
     Raises:
-        UserError: the file is not in the release, or the release has too many results.
+        UserError: the file is not in the release, its speed is that of a graphics processor made of software,
+            or the release has too many results.
     """
     measured = result.measurement
+    adapter = (result.device.webgpu or "").lower()
+    if measured.format == "mlc" and any(name in adapter for name in SOFTWARE_GPUS):
+        raise UserError(
+            f"device.webgpu: {result.device.webgpu!r} is a graphics processor made of software; its speed "
+            "says nothing of a device and is not taken."
+        )
     offered = json.loads((root / web.FOLDER / "models.json").read_text(encoding="utf-8"))["models"]
     known = [
         model

@@ -12,6 +12,7 @@ import yaml
 from markupsafe import Markup
 
 from pipeline.artifacts import Artifact
+from pipeline.energy import WATTS_HIGH, WATTS_LOW
 from pipeline.pages import (
     BLUE,
     FORMATS,
@@ -158,6 +159,7 @@ def render(facts: dict[str, Any]) -> str:
             talks=talks(facts),
             charts=charts(facts),
             titles=TITLES,
+            watts=(WATTS_LOW, WATTS_HIGH),
             recipe_yaml=yaml.safe_dump(facts["recipe"], sort_keys=False, allow_unicode=True),
         )
     )

@@ -268,7 +268,13 @@ def _add_format(add: Any, format: str, entries: list[tuple[str, str, str, int, f
                 "rss_anon_bytes": 41_000_000,
                 "rss_file_bytes": size * 1_000,
                 "peak_rss_bytes": 41_000_000 + size * 1_000,
+                "cpu_pressure_before": 0.4,
                 "cpu_pressure": 3.2,
+                "energy": {
+                    "source": "model",
+                    "joules_per_token_low": 2 / speed,
+                    "joules_per_token_high": 15 / speed,
+                },
                 "repetitions": 5,
                 "processors_busy": 0.99,
                 "backend": {

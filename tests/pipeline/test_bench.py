@@ -96,6 +96,10 @@ def test_a_file_is_measured_once(inputs: dict[str, Any]) -> None:
     assert entry["backend"]["requested"] == {"device": "cpu", "threads": 1}
     assert entry["backend"]["effective"]["version"] == torch.__version__
     assert entry["backend"]["fallbacks"] == []
+    assert (entry["cpu_pressure_before"] is None) is (entry["cpu_pressure"] is None)
+    if entry["energy"]["source"] == "model":
+        low, high = (entry["energy"][f"joules_per_token_{end}"] for end in ("low", "high"))
+        assert [low, high] == pytest.approx([watts * entry["cpu_seconds_per_token"] for watts in (2, 15)])
     assert entry["reliable"] is (entry["cpu_pressure"] is not None)
     again, _ = run(inputs, recipe())
     assert again.cached
@@ -140,12 +144,18 @@ def test_sweep_depths_and_cold_start_are_measured_when_asked_for(inputs: dict[st
         assert cold["read_bytes"] > 1_000_000
 
 
-def test_profiles_decide_by_what_a_file_does_within_them(inputs: dict[str, Any], tmp_path: Path) -> None:
+@pytest.fixture
+def control_groups() -> None:
     try:
         with cgroups.limited(64 << 20, 1.0):
             pass
     except cgroups.Unavailable as problem:
         pytest.skip(f"no control groups here: {problem}")
+
+
+def test_profiles_decide_by_what_a_file_does_within_them(
+    inputs: dict[str, Any], control_groups: None, tmp_path: Path
+) -> None:
     budget = "processors: 1.5\nthreads: 1\nprompt_tokens: 4\ngenerated_tokens: 2\n"
     profiles = {
         "enough": "memory_mb: 4096\nmin_decode_tokens_per_s: 0.001\n",
@@ -165,6 +175,20 @@ def test_profiles_decide_by_what_a_file_does_within_them(inputs: dict[str, Any],
     assert "at least 1e+09 are asked for" in found["slow"]["reason"]
     assert (found["tight"]["status"], found["tight"]["decode_tokens_per_s"]) == ("failed", None)
     assert "more than 24 MB and was killed" in found["tight"]["reason"]
+
+
+def test_a_file_that_is_not_done_in_time_fails_its_profile_and_not_the_run(
+    tiny_model_dir: Path, control_groups: None, tmp_path: Path
+) -> None:
+    path = tmp_path / "crawling.yaml"
+    path.write_text(
+        "name: crawling\nmemory_mb: 4096\nprocessors: 0.01\nthreads: 1\nprompt_tokens: 4\n"
+        "generated_tokens: 2\nmin_decode_tokens_per_s: 0.001\n"
+    )
+    request = {"file": str(tiny_model_dir), "timeout_s": 3}
+    found = bench._under_profile(load_profile(path), request, [3, 4, 5, 6], tmp_path, tmp_path / "log")
+    assert (found["status"], found["reason"]) == ("failed", "It was not done after 3 s (bench.timeout_s).")
+    assert found["decode_tokens_per_s"] is None
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,13 @@
 """martlet phone: what it serves, whom it lets in, what it takes; over real sockets and real TLS."""
 
+import hashlib
 import json
 import re
+import signal
 import socket
 import ssl
+import subprocess
+import sys
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -175,6 +179,48 @@ def test_a_result_lands_in_the_report_and_the_release_stays_whole(here: Site, re
     )
 
 
+def with_mlc_folder(root: Path) -> dict[str, Any]:
+    """Has the page offer an MLC folder; what a browser with WebGPU posts of it."""
+    listed = root / "web" / "models.json"
+    models = json.loads(listed.read_text())
+    offered = {
+        "file": "martlet-wasm32-webgpu.wasm",
+        "format": "mlc",
+        "quantization": "q4f32_1",
+        "bytes": 70_000,
+    }
+    models["models"].append({"id": "mlc-q4f32_1", **offered})
+    listed.write_text(json.dumps(models))
+    result = deepcopy(RESULT)
+    result["measurement"] |= {**offered, "runtime": "WebLLM on WebGPU", "threads": 1}
+    result["device"]["webgpu"] = "qualcomm adreno-7xx"
+    return result
+
+
+def test_a_phone_with_webgpu_measures_the_mlc_folder(here: Site, released: Path) -> None:
+    result = with_mlc_folder(released)
+    status, _, body = here.post(result)
+    assert status == 200, body
+    facts = json.loads((released / "report.json").read_text())
+    schema = json.loads((Path(report.__file__).parent / "schemas" / "report.schema.json").read_text())
+    assert [error.message for error in jsonschema.Draft202012Validator(schema).iter_errors(facts)] == []
+    assert "WebLLM on WebGPU" in (released / "report.html").read_text()
+
+
+def test_speed_on_a_graphics_processor_made_of_software_is_not_taken(here: Site, released: Path) -> None:
+    result = with_mlc_folder(released)
+    before = (released / "report.json").read_bytes()
+    result["device"]["webgpu"] = "google swiftshader"
+    status, _, body = here.post(result)
+    assert status == 422
+    assert "device.webgpu: 'google swiftshader' is a graphics processor made of software" in body.decode()
+    assert (released / "report.json").read_bytes() == before
+    # What else the device measures is its processor's.
+    cpu = deepcopy(RESULT)
+    cpu["device"]["webgpu"] = "google swiftshader"
+    assert here.post(cpu)[0] == 200
+
+
 @pytest.mark.parametrize(
     ("part", "key", "value"),
     [
@@ -221,6 +267,36 @@ def test_a_port_in_use_and_a_wrong_address_are_user_errors(released: Path) -> No
             phone.serve(released, lan=False, port=port, say=lambda line: None)
     with pytest.raises(UserError, match="--address"):
         phone.serve(released, lan=False, port=0, say=lambda line: None, address="127.0.0.1")
+
+
+@pytest.mark.parametrize("lan", [True, False])
+def test_the_command_says_where_it_is_and_ends_with_ctrl_c(released: Path, lan: bool) -> None:
+    command = [sys.executable, "-m", "flows.command_line", "phone", str(released), "--port", "0"]
+    command += ["--lan", "--address", "127.0.0.1"] if lan else []
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as running:
+        assert running.stdout is not None
+        said = ""
+        while "Ctrl-C ends." not in said:
+            line = running.stdout.readline()
+            assert line, said
+            said += line
+        link = re.search(r"^https?://127\.0\.0\.1:(\d+)/\S+$", said, re.MULTILINE)
+        assert link is not None, said
+        assert phone.qr_code(link[0]) in said
+        here = ("127.0.0.1", int(link[1]))
+        if lan:
+            assert re.match(r"https://.*/\?token=[\w-]{22}$", link[0])
+            certificate = ssl.PEM_cert_to_DER_cert(ssl.get_server_certificate(here, timeout=20))
+            assert hashlib.sha256(certificate).hexdigest() in said.replace(":", "").lower()
+        else:
+            assert link[0] == f"http://127.0.0.1:{here[1]}/web/?phone"
+            socket.create_connection(here, timeout=20).close()
+        # Another address of this machine: what listens on all of them would answer there.
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.2", here[1]), timeout=20)
+        running.send_signal(signal.SIGINT)
+        assert running.wait(30) == 0
 
 
 def test_the_qr_code_holds_a_link_in_few_lines() -> None:

@@ -138,6 +138,8 @@ def test_page_says_what_was_measured(page: str) -> None:
     assert "61,440 training tokens" in text
     assert "seed 7" in text
     assert "not a phone" in text
+    assert "at 2 to 15 W a busy processor, a model and no measurement" in text
+    assert re.search(r"[\d.]+ to [\d.]+, modelled", text)
     assert "Nearest to its limit is mlc q4f32_1: mean KL 0.312 nats of at most 0.250 (125 %)" in text
     assert "Distillation left 34 % of the student's distance to the teacher" in text.replace("&#39;", "'")
     order = ["What was made", "Learning", "Is every file the model?", "Where each file is furthest"]
