@@ -287,7 +287,7 @@ class Export(Section):
             for quantization in wanted:
                 if quantization not in available:
                     raise ValueError(
-                        f"{key}: there is no {quantization!r}; choose from {', '.join(available)}"
+                        f"{key}: there is no {quantization!r:.60}; choose from {', '.join(available)}"
                     )
             if len(set(wanted)) != len(wanted):
                 raise ValueError(f"{key}: a quantization is listed twice")

@@ -138,20 +138,21 @@ def fuzz(kind: str, *readers: Reader) -> None:
         while count < INPUTS if INPUTS else time.monotonic() < began + SECONDS:
             reader = turns[count % len(turns)]
             data = reader.draw(chance)
-            refusal: Exception | None = None
             signal.setitimer(signal.ITIMER_PROF, TOO_LONG)
             signal.setitimer(signal.ITIMER_REAL, TOO_STILL)
             try:
-                reader.read(data)
-            except REFUSED as error:
-                refusal = error
+                refusal = None
+                try:
+                    reader.read(data)
+                except REFUSED as error:
+                    refusal = error
+                reader.take(data, refusal, chance)
             except (Exception, Hang) as error:
                 shown = data if len(data) <= 4000 else data[:4000] + b"..."
                 raise AssertionError(f"{reader.name}, seed {SEED}, input {count}: {shown!r}") from error
             finally:
                 signal.setitimer(signal.ITIMER_PROF, 0)
                 signal.setitimer(signal.ITIMER_REAL, 0)
-            reader.take(data, refusal, chance)
             count += 1
             if count % 1000 == 0 and time.monotonic() > told + 60:
                 told = time.monotonic()

@@ -292,6 +292,11 @@ TABLE = (
         ["q9_9"],
         "export: gguf: there is no 'q9_9'; choose from ....",
     ),
+    key(
+        "export.mlc_libraries",
+        ["x" * 5000],
+        f"export: mlc_libraries: there is no '{'x' * 59}; choose from ....",
+    ),
     key("export.gguf", ["q8_0", "q8_0"], "export: gguf: a quantization is listed twice."),
     key(
         "export",

@@ -10,7 +10,9 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import sqlite3
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -228,6 +230,30 @@ def test_what_a_release_needs_is_not_pruned_when_its_record_is_damaged(example: 
     example.ship()
     assert record.read_bytes() == sound
     assert prunable(example.store.root, keep_bytes=0) == []
+
+
+@pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="OpenSSH is not installed")
+def test_a_manifest_written_anew_by_somebody_else(example: Example, martlet: Call, tmp_path: Path) -> None:
+    """It fits the files that it lists, so that only a signature tells."""
+    example.ship()
+    key, allowed = tmp_path / "key", tmp_path / "allowed"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
+    allowed.write_text(f"me@example.org {key.with_suffix('.pub').read_text()}")
+    code, _, err = martlet("verify", example.root, "--signed-by", allowed)
+    assert (code, "the release is not signed." in err) == (1, True), err
+    assert martlet("sign", example.root, "--key", key)[0] == 0
+    code, out, err = martlet("verify", example.root, "--signed-by", allowed)
+    assert code == 0, err
+    assert "signed by me@example.org" in out
+
+    def edit(facts: dict[str, Any]) -> None:
+        facts["fidelity"][0]["mean_kl"] = 0.0
+
+    release_stage.change_report(example.root, edit)
+    assert martlet("verify", example.root)[0] == 0
+    code, _, err = martlet("verify", example.root, "--signed-by", allowed)
+    assert code == 1
+    assert "is not the signature of this manifest.json" in err
 
 
 def empty(path: Path, chance: random.Random) -> None:
