@@ -382,7 +382,7 @@ def _curves(lines: dict[str, list[dict[str, Any]]], field: str, title: str) -> a
 def _files(files: list[dict[str, Any]], field: str, y: altair.Y) -> altair.LayerChart:
     """A value of each exported file over its size, told apart by colour, shape and name."""
     values = _sides(files, field)
-    base = altair.Chart(altair.Data(values=values)).encode(x=size_axis(58), y=y)
+    base = altair.Chart(altair.Data(values=values)).encode(x=size_axis(68), y=y)
     dots = base.mark_point(size=80, filled=True, opacity=1).encode(**by_format(values))
     layers = altair.LayerChart(layer=[dots, *names_beside(base, "quantization", 9)])
     return layers.properties(width=300, height=270)
