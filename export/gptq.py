@@ -18,9 +18,9 @@ BLOCK = 32
 """Columns of a row that share a scale and a zero point."""
 HIGHEST = 15
 """The largest code; the smallest is 0."""
-DAMPING = 0.01
+DAMPING = 0.05
 """Part of the moments' mean diagonal that is added to the diagonal."""
-SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)
 """Parts of a block's range that its codes may span, of which the best is taken."""
 
 
@@ -140,12 +140,9 @@ def round_matrix(weight: Tensor, moments: Moments) -> tuple[FourBits, Tensor]:
     """Rounds a matrix ``[N, K]``; returns it packed, and as float32 numbers ``[N, K]``."""
     size = weight.shape[1]
     blocks = -(-size // BLOCK)
-    padding = (0, blocks * BLOCK - size)
-    padded = torch.nn.functional.pad(weight, padding)
-    importance = torch.nn.functional.pad(moments.diagonal, padding)
-    grid = best_grid(padded.unflatten(1, (blocks, BLOCK)), importance.unflatten(0, (blocks, BLOCK)))
+    found, grid = round_columns(weight, moments)
     codes = grid.zero_points.repeat_interleave(BLOCK, 1)
-    codes[:, :size] = round_columns(weight, moments.factor, grid)
+    codes[:, :size] = found
     values = (codes.unflatten(1, (blocks, BLOCK)) - grid.zero_points[..., None]) * grid.scales[..., None]
     packed = FourBits(
         codes=_pairs(codes).reshape(len(weight), blocks, BLOCK // 2),
@@ -161,8 +158,8 @@ def best_grid(blocks: Tensor, importance: Tensor) -> Grid:
     Each range that is tried gives a zero point and codes; the scale is then the best one for these codes.
 
     Args:
-        blocks: weights ``[N, B, 32]``.
-        importance: mean squares of the columns ``[B, 32]``.
+        blocks: weights ``[N, B, C]``, of C columns a block.
+        importance: mean squares of the columns ``[B, C]``.
     """
     low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
     smallest = torch.finfo(torch.float16).tiny
@@ -183,21 +180,31 @@ def best_grid(blocks: Tensor, importance: Tensor) -> Grid:
     return Grid(scales.clamp(min=smallest).half().float(), zero_points)
 
 
-def round_columns(weight: Tensor, factor: Tensor, grid: Grid) -> Tensor:
-    """Codes ``[N, K]`` of a matrix on a grid, by GPTQ; ``factor`` as of ``Moments``."""
+def round_columns(weight: Tensor, moments: Moments) -> tuple[Tensor, Grid]:
+    """Codes ``[N, K]`` of a matrix by GPTQ, and the grid, which is chosen for each block when its turn comes,
+    for the weights as they are by then."""
     left = weight.T.clone(memory_format=torch.contiguous_format)
     codes = torch.empty_like(left)
+    grids = []
     for start in range(0, len(left), BLOCK):
         end = min(start + BLOCK, len(left))
-        scale, zero = (part[:, start // BLOCK].contiguous() for part in (grid.scales, grid.zero_points))
+        grid = best_grid(left[start:end].T[:, None], moments.diagonal[None, start:end])
+        grids.append(grid)
+        scale, zero = grid.scales[:, 0].contiguous(), grid.zero_points[:, 0].contiguous()
+        factor = moments.factor[start:end, start:]
         errors = torch.empty(end - start, left.shape[1])
-        for column in range(start, end):
-            code = (left[column] / scale).round_().add_(zero).clamp_(0, HIGHEST)
-            codes[column] = code
-            errors[column - start] = (left[column] - (code - zero) * scale) / factor[column, column]
-            left[column + 1 : end].addr_(factor[column, column + 1 : end], errors[column - start], alpha=-1)
-        left[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
-    return codes.T
+        for column in range(end - start):
+            now = left[start + column]
+            code = (now / scale).round_().add_(zero).clamp_(0, HIGHEST)
+            codes[start + column] = code
+            errors[column] = (now - (code - zero) * scale) / factor[column, column]
+            rest = slice(column + 1, end - start)
+            left[start:end][rest].addr_(factor[column, rest], errors[column], alpha=-1)
+        left[end:].addmm_(factor[:, end - start :].T, errors, alpha=-1)
+    scales, zero_points = (
+        torch.cat([getattr(grid, part) for grid in grids], 1) for part in ("scales", "zero_points")
+    )
+    return codes.T, Grid(scales, zero_points)
 
 
 def join(matrices: Sequence[FourBits]) -> FourBits:

@@ -84,13 +84,17 @@ def test_columns_are_rounded_as_the_paper_says() -> None:
     """Formulas (2) and (3) of the paper column by column in float64, the inverse updated each time."""
     x, weight = inputs_of_layer(96), weights(8, 96)
     moments = moments_of(x)
-    grid = best_grid(weight.unflatten(1, (3, 32)), moments.diagonal.unflatten(0, (3, 32)))
-    codes = round_columns(weight, moments.factor, grid)
+    codes, grid = round_columns(weight, moments)
 
     hessian = (x.T.double() @ x.double() / len(x)).numpy()
     inverse = np.linalg.inv(hessian + DAMPING * hessian.diagonal().mean() * np.eye(96))
     left = weight.double().numpy().copy()
     for column in range(96):
+        if column % 32 == 0:
+            block = torch.from_numpy(left[:, None, column : column + 32]).float()
+            own = best_grid(block, moments.diagonal[None, column : column + 32])
+            assert (own.zero_points[:, 0] == grid.zero_points[:, column // 32]).all()
+            torch.testing.assert_close(own.scales[:, 0], grid.scales[:, column // 32], rtol=2e-3, atol=0)
         scale, zero = (part[:, column // 32].double().numpy() for part in (grid.scales, grid.zero_points))
         code = np.clip(np.round(left[:, column] / scale) + zero, 0, 15)
         assert (codes[:, column].numpy() == code).all(), column
