@@ -20,8 +20,8 @@ SMALLEST_KL = 1e-5
 
 
 def page_environment() -> jinja2.Environment:
-    """Templates of the project's pages, with the filters ``device``, ``facts``, ``size``, ``number`` and
-    ``percent``."""
+    """Templates of the project's pages, with the filters ``device``, ``facts``, ``size``, ``number``,
+    ``percent`` and ``token``."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pipeline", "templates"),
         autoescape=True,
@@ -35,6 +35,7 @@ def page_environment() -> jinja2.Environment:
         "size": readable_size,
         "number": readable_number,
         "percent": readable_percent,
+        "token": readable_token,
     }
     return environment
 
@@ -58,6 +59,14 @@ def readable_facts(facts: Mapping[str, Any]) -> str:
 def readable_percent(share: float | None, digits: int = 1) -> str:
     """A share as per cent."""
     return "–" if share is None else f"{100 * share:.{digits}f} %"
+
+
+def readable_token(text: str) -> str:
+    """A token as it can be seen: ends of lines are arrows, and so is what is nothing but blank."""
+    if not text:
+        return "(special token)"
+    shown = text.replace("\n", "↵")
+    return shown if shown.strip() else shown.replace(" ", "␣").replace("\t", "⇥")
 
 
 def readable_size(count: float) -> str:
@@ -87,7 +96,7 @@ def size_axis(padding: int) -> altair.X:
         "megabytes:Q",
         title="size, MB",
         scale=altair.Scale(type="log", nice=False, padding=padding),
-        axis=altair.Axis(tickCount=6, format=",.3~r"),
+        axis=altair.Axis(tickCount=6, format=",.3~r", labelOverlap="greedy", labelSeparation=6),
     )
 
 

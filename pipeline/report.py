@@ -417,7 +417,7 @@ def _pareto(files: list[dict[str, Any]], wide: bool) -> altair.LayerChart:
         }
         for entry in _sides(files, "mean_kl")
     ]
-    x, y = size_axis(130 if wide else 62), kl_axis(24)
+    x, y = size_axis(150 if wide else 72), kl_axis(24)
     line = (
         altair.Chart(altair.Data(values=pareto_front(files)))
         .mark_line(color="currentColor", strokeDash=[4, 3], strokeWidth=1.5, opacity=0.6)

@@ -401,6 +401,14 @@ def test_readable_number(value: float | None, shown: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "shown"),
+    [("", "(special token)"), (" rain", " rain"), ("\n", "↵"), (" \t", "␣⇥"), (".\n\n", ".↵↵")],
+)
+def test_readable_token(text: str, shown: str) -> None:
+    assert pages.readable_token(text) == shown
+
+
+@pytest.mark.parametrize(
     ("value", "shown"), [(12, "12 B"), (4_200, "4 kB"), (81_000_000, "81.0 MB"), (2_500_000_000, "2.5 GB")]
 )
 def test_readable_size(value: int, shown: str) -> None:
