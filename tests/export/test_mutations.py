@@ -147,6 +147,13 @@ def swap_heads(matrix: np.ndarray) -> np.ndarray:
     return np.concatenate([matrix[32:64], matrix[:32], matrix[64:]])
 
 
+def flip_bit(array: np.ndarray) -> np.ndarray:
+    """The highest bit of the first number's exponent, turned over."""
+    words = array.reshape(-1).view({2: np.uint16, 4: np.uint32}[array.itemsize])
+    words[0] ^= 1 << (8 * array.itemsize - 2)
+    return array
+
+
 def truncate(path: Path) -> None:
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size * 3 // 4)
@@ -199,6 +206,7 @@ GGUF: dict[str, tuple[Mutation, str]] = {
     "head order": (gguf_tensors(transform("blk.0.attn_q.weight", swap_heads)), "mean_kl"),
     "transposed matrix": (gguf_tensors(transform("blk.0.attn_output.weight", np.transpose)), "mean_kl"),
     "norm off by one": (gguf_tensors(transform("blk.0.attn_norm.weight", lambda w: w + 1)), "mean_kl"),
+    "one bit": (gguf_tensors(transform("blk.0.attn_q.weight", flip_bit)), "mean_kl"),
     "zeroed matrix": (gguf_tensors(transform("blk.3.ffn_down.weight", np.zeros_like)), "mean_kl"),
     "not a number": (gguf_tensors(transform("output_norm.weight", lambda w: w * np.nan)), "mean_kl"),
     "truncated": (truncate, "runs"),
@@ -314,6 +322,7 @@ ONNX: dict[str, tuple[Mutation, str]] = {
         onnx_weights(transform(f"{LAYER}mlp.down_proj.MatMul.weight", lambda w: 1.25 * w)),
         "mean_kl",
     ),
+    "one bit": (onnx_weights(transform(f"{LAYER}mlp.down_proj.MatMul.weight", flip_bit)), "mean_kl"),
     "vocabulary shifted by one": (
         onnx_weights(transform("lm_head.MatMul.weight", lambda w: np.roll(w, 1, axis=1))),
         "same_top",
@@ -462,6 +471,12 @@ MLC: dict[str, tuple[Mutation, str]] = {
         "mean_kl",
     ),
     "doubled weights": (mlc_bytes(f"{MLC_LAYER}self_attn.o_proj.weight", scaled), "mean_kl"),
+    "one bit": (
+        mlc_bytes(
+            f"{MLC_LAYER}self_attn.o_proj.weight", lambda data: flip_bit(data.view(np.uint16)).view(np.uint8)
+        ),
+        "mean_kl",
+    ),
     "doubled norm": (mlc_bytes("model.norm.weight", scaled), "mean_kl"),
     "zeroed tensor": (mlc_bytes("model.layers.3.mlp.down_proj.weight", np.zeros_like), "mean_kl"),
     "truncated shard": (truncate_shard, "runs"),
@@ -542,6 +557,21 @@ def test_broken_file_misses_its_gate(
     path = copy_of(good[format], tmp_path)
     mutate(path)
     assert gate in gates_missed(path, reference)
+
+
+def test_mlc_scales_of_another_type_miss_their_gate(model_dir: Path, reference: Any, tmp_path: Path) -> None:
+    """Sixteen bits are sixteen bits, whatever they mean."""
+    path = export_mlc(model_dir, tmp_path / "export", "tiny", "q4f16_1")
+    assert "runs" not in gates_missed(path, reference)
+
+    def change(records: dict[str, dict[str, Any]]) -> None:
+        for name, record in records.items():
+            if name.endswith("q_scale"):
+                assert record["dtype"] == "float16"
+                record["dtype"] = "bfloat16"
+
+    mlc_records(change)(path)
+    assert gates_missed(path, reference) == ["runs"]
 
 
 def test_mlc_compiled_for_another_rope_theta_misses_its_gate(
