@@ -596,6 +596,7 @@ def biased(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> tup
     model.save_pretrained(folder / "model")
     tiny_tokenizer.save_pretrained(folder / "model")
     random_ids = np.random.default_rng(0).integers(3, len(tiny_tokenizer), 96).tolist()
+    (folder / "reference").mkdir()
     reference_answers(
         folder / "model", [tiny_tokenizer(TEXT)["input_ids"], random_ids], 1, folder / "reference"
     )
