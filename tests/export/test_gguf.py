@@ -162,6 +162,48 @@ def test_types_of_tensors_are_what_the_file_holds(gguf_files: dict[str, Path]) -
     assert sum(sum(types.values()) for types in kinds.values()) == len(each)
 
 
+def test_every_quantization_is_made_and_runs(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Of a model whose rows 256 divides, as quantizations with blocks of 256 want: smaller files, then, lose
+    more. The largest bound is q2_k's, which keeps a third of the bits of q8_0."""
+    torch.manual_seed(2)
+    config = Qwen2Config(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.05,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    names = list(QUANTIZATIONS)
+    paths = export_gguf(tmp_path / "model", tmp_path / "files", "t", names, pre_tokenizer=PRE_TOKENIZER)
+    reference = TorchRuntime(tmp_path / "model")
+    ids = reference.tokenize(TEXT)
+    expected = reference.forward(ids)
+    losses, sizes, types = {}, {}, {}
+    for name, path in zip(names, paths, strict=True):
+        runtime = LlamaCppRuntime(path)
+        losses[name] = mean_kl(expected, runtime.forward(ids))
+        runtime.close()
+        sizes[name], types[name] = path.stat().st_size, set(tensor_types(path))
+    assert losses["f16"] < 1e-5
+    assert losses["bf16"] < 1e-3
+    assert losses["q8_0"] < losses["q6_k"] < losses["q4_k_m"] < losses["q2_k"] < 0.5
+    assert sizes["q2_k"] < sizes["q3_k_m"] < sizes["q4_k_s"] < sizes["q5_k_s"] < sizes["q6_k"] < sizes["q8_0"]
+    for name, kind in {
+        "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q6_k": "Q6_K", "q5_k_m": "Q5_K", "q5_k_s": "Q5_K",
+        "q4_k_m": "Q4_K", "q4_k_s": "Q4_K", "q4_0": "Q4_0", "iq4_xs": "IQ4_XS", "q3_k_m": "Q3_K",
+        "q2_k": "Q2_K",
+    }.items():  # fmt: skip
+        assert kind in types[name], name
+
+
 def test_unknown_quantization(tiny_model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="no GGUF quantization 'q4_k_x'; choose from f16"):
         export_gguf(tiny_model_dir, tmp_path / "out", "tiny", ["q4_k_x"])

@@ -11,7 +11,9 @@ import gguf
 import numpy as np
 import onnx
 import pytest
+import torch
 from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from export.errors import ExportError
 from export.gguf import export_gguf
@@ -555,6 +557,97 @@ def test_broken_file_misses_its_gate(
     good: dict[str, Path], reference: Any, tmp_path: Path, format: str, mutate: Mutation, gate: str
 ) -> None:
     path = copy_of(good[format], tmp_path)
+    mutate(path)
+    assert gate in gates_missed(path, reference)
+
+
+# A model with biases and with rows that no token has
+
+
+PADDING = 48
+BIASED: dict[str, tuple[str, Mutation, str]] = {
+    "gguf: dropped bias": (
+        "gguf",
+        gguf_tensors(transform("blk.0.attn_q.bias", np.zeros_like)),
+        "mean_kl",
+    ),
+    "gguf: a row of padding fewer than tokens": (
+        "gguf",
+        gguf_metadata("tokenizer.ggml.tokens", lambda tokens: tokens[:-1]),
+        "runs",
+    ),
+    "onnx: dropped bias": (
+        "onnx",
+        onnx_weights(transform(f"{LAYER}attn.qkv_proj.Add.bias", np.zeros_like)),
+        "mean_kl",
+    ),
+    "mlc: dropped bias": ("mlc", mlc_bytes(f"{MLC_LAYER}self_attn.c_attn.bias", np.zeros_like), "mean_kl"),
+    "mlc: padding read as tokens": (
+        "mlc",
+        json_file("mlc-chat-config.json", lambda c: set_to("active_vocab_size", c["vocab_size"])(c)),
+        "vocabulary_size",
+    ),
+    "mlc: swapped queries and keys of a fused matrix": (
+        "mlc",
+        mlc_bytes(
+            f"{MLC_LAYER}self_attn.c_attn.weight", lambda data: np.roll(data, data.size * 2 // 3).copy()
+        ),
+        "mean_kl",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def biased(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], Any]:
+    """Exports of a Qwen2, and what the model itself says."""
+    torch.manual_seed(1)
+    config = Qwen2Config(
+        vocab_size=len(tiny_tokenizer) + PADDING,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+        tie_word_embeddings=False,
+        initializer_range=0.1,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = Qwen2ForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("bias"):
+                weight.normal_(0, 0.5)
+    folder = tmp_path_factory.mktemp("biased")
+    model.save_pretrained(folder / "model")
+    tiny_tokenizer.save_pretrained(folder / "model")
+    random_ids = np.random.default_rng(0).integers(3, len(tiny_tokenizer), 96).tolist()
+    (folder / "reference").mkdir()
+    reference_answers(
+        folder / "model", [tiny_tokenizer(TEXT)["input_ids"], random_ids], 1, folder / "reference"
+    )
+    files = {
+        "gguf": export_gguf(folder / "model", folder / "gguf", "t", ["f16"], pre_tokenizer="smollm")[0],
+        "onnx": export_onnx(folder / "model", folder / "onnx-folder", "t", ["fp32"], threads=1)[0],
+        "mlc": export_mlc(folder / "model", folder / "mlc" / "t", "t", "q0f32"),
+    }
+    return files, read_reference(folder / "reference")
+
+
+@pytest.mark.parametrize("format", ["gguf", "onnx", "mlc"])
+def test_the_undamaged_file_with_biases_passes(biased: Any, format: str) -> None:
+    files, reference = biased
+    assert gates_missed(files[format], reference) == []
+
+
+@pytest.mark.parametrize(("format", "mutate", "gate"), BIASED.values(), ids=list(BIASED))
+def test_broken_file_with_biases_misses_its_gate(
+    biased: Any, tmp_path: Path, format: str, mutate: Mutation, gate: str
+) -> None:
+    files, reference = biased
+    path = copy_of(files[format], tmp_path)
     mutate(path)
     assert gate in gates_missed(path, reference)
 

@@ -3,14 +3,18 @@
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from release_artifacts import example_artifacts, example_recipe, example_stage_times
 from static_server import Server
+from test_families import gemma3
 from test_page import QUESTIONS, ask, assert_native_agrees, load, open_page
+from transformers import PreTrainedTokenizerFast
 
 from export.mlc import export_mlc
 from export.mlc_runtime import MlcRuntime
@@ -79,8 +83,13 @@ def folder(page_built: None, writing_model_dir: Path, tmp_path_factory: pytest.T
 
 @pytest.fixture(scope="module")
 def tab(playwright_here: Any, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with loaded(playwright_here, folder, tmp_path_factory.mktemp("site")) as page:
+        yield page
+
+
+@contextmanager
+def loaded(playwright_here: Any, folder: Path, site: Path) -> Iterator[Any]:
     """A page of Chromium in which WebLLM has loaded the folder."""
-    site = tmp_path_factory.mktemp("site")
     (site / folder.name).symlink_to(folder)
     (site / "web-llm.js").symlink_to(WEBLLM)
     (library,) = folder.glob("libs/*.wasm")
@@ -103,6 +112,17 @@ def tab(playwright_here: Any, folder: Path, tmp_path_factory: pytest.TempPathFac
     server.lost()
 
 
+def check_logits(tab: Any, runtime: MlcRuntime, ids: list[int], first: int) -> None:
+    """Those of WebLLM, prefill of the first and then one token after the other, against this machine's."""
+    prompt, rest = ids[:first], ids[first:]
+    found = np.array(tab.evaluate("([prompt, rest]) => forced(prompt, rest)", [prompt, rest]))
+    runtime.reset()
+    expected = runtime.forward(ids)[len(prompt) - 1 :]
+    assert found.shape == (len(rest) + 1, runtime.metadata["vocab_size"])
+    found = found[:, : expected.shape[1]]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-3 * np.abs(expected).max())
+
+
 @pytest.fixture(scope="module")
 def runtime(folder: Path) -> Iterator[MlcRuntime]:
     opened = MlcRuntime(folder)
@@ -115,13 +135,25 @@ def test_logits_are_those_of_this_machines_library(tab: Any, runtime: MlcRuntime
     ids = runtime.tokenize(
         "The import statement binds a name, twice in 1234 cases.\n\n    def f(x): return x"
     )
-    prompt, rest = ids[:17], ids[17:]
-    found = np.array(tab.evaluate("([prompt, rest]) => forced(prompt, rest)", [prompt, rest]))
-    runtime.reset()
-    expected = runtime.forward(ids)[len(prompt) - 1 :]
-    assert found.shape == (len(rest) + 1, 2048)
-    found = found[:, : expected.shape[1]]
-    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-3 * np.abs(expected).max())
+    check_logits(tab, runtime, ids, 17)
+
+
+def test_gemma3_beyond_its_window(
+    playwright_here: Any, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """A prompt of two windows and a half, then single tokens: windows and two rotary bases in shaders."""
+    if shutil.which("emcc") is None:
+        pytest.skip("emcc is not installed (apt-get install emscripten)")
+    torch.manual_seed(6)
+    model_dir = gemma3(tiny_tokenizer, tmp_path / "model")
+    libraries = ["x86_64-cpu", "wasm32-webgpu"]
+    folder = export_mlc(model_dir, tmp_path / "gemma", "t", "q4f32_1", libraries=libraries)
+    runtime = MlcRuntime(folder)
+    ids = np.random.default_rng(0).integers(3, 1700, 48).tolist()
+    (tmp_path / "site").mkdir()
+    with loaded(playwright_here, folder, tmp_path / "site") as tab:
+        check_logits(tab, runtime, ids, 40)
+    runtime.close()
 
 
 def test_webllm_chats_as_the_native_runtime_does(tab: Any, runtime: MlcRuntime) -> None:
