@@ -48,10 +48,37 @@ class OnnxRuntime:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         try:
-            genai = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+            genai, config, generation = (
+                json.loads((folder / name).read_text(encoding="utf-8"))
+                for name in ("genai_config.json", "config.json", "generation_config.json")
+            )
             settings, search = genai["model"], genai["search"]
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+            own_maximum = int(settings["context_length"])
+            genai_ends, own_ends = (_as_ids(part.get("eos_token_id")) for part in (settings, generation))
+            self.generation_defaults: Stated = {
+                "genai_config.json": {
+                    **stated(search),
+                    "eos_token_id": sorted(genai_ends),
+                    "context_length": own_maximum,
+                },
+                "generation_config.json": {**stated(generation), "eos_token_id": sorted(own_ends)},
+                "config.json": {
+                    "context_length": config.get("text_config", config).get("max_position_embeddings")
+                },
+            }
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+        ) as error:
+            raise ExportError(
+                f"{folder}: its settings cannot be read ({error!r:.80}); export the model anew."
+            ) from error
+        try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
             self.session = onnxruntime.InferenceSession(str(path), options, providers=PROVIDERS)
         except Exception as error:  # ONNX Runtime raises many types of its own
@@ -70,7 +97,6 @@ class OnnxRuntime:
         inputs = {value.name: value for value in self.session.get_inputs()}
         if "past_key_values.0.key" not in inputs or "input_ids" not in inputs:
             raise ExportError(f"{path}: is no decoder with a key-value cache; export it with export.onnx.")
-        own_maximum = int(settings["context_length"])
         self.trained_context_length = own_maximum
         self.eos_token_id: int | None = self.tokenizer.eos_token_id
         self.context_length = context_length or min(own_maximum, DEFAULT_CONTEXT)
@@ -81,22 +107,8 @@ class OnnxRuntime:
         logits = next(value for value in self.session.get_outputs() if value.name == "logits")
         self.vocabulary_size = min(int(logits.shape[-1]), max(self.tokenizer.get_vocab().values()) + 1)
         # ONNX Runtime GenAI reads one file and transformers.js the other: an end is what ends both.
-        ends = _as_ids(settings.get("eos_token_id")) & _as_ids(generation.get("eos_token_id"))
-        self.end_of_turn_ids = tuple(sorted(ends))
-        self.generation_defaults: Stated = {
-            "genai_config.json": {
-                **stated(search),
-                "eos_token_id": sorted(_as_ids(settings.get("eos_token_id"))),
-                "context_length": own_maximum,
-            },
-            "generation_config.json": {
-                **stated(generation),
-                "eos_token_id": sorted(_as_ids(generation.get("eos_token_id"))),
-            },
-            "config.json": {
-                "context_length": config.get("text_config", config).get("max_position_embeddings")
-            },
-        }
+        # ONNX Runtime GenAI reads one file and transformers.js the other: an end is what ends both.
+        self.end_of_turn_ids = tuple(sorted(genai_ends & own_ends))
         self._folder = folder
         self._inputs = inputs
         self._cache: dict[str, Any] = {}

@@ -214,9 +214,30 @@ def test_bad_input_gets_a_sentence_and_leaves_nothing(tiny_model_dir, tmp_path):
     (source / "config.json").write_text(json.dumps(config))
     with pytest.raises(ExportError, match="cannot export it to fp32"):
         export_onnx(source, tmp_path / "out", "x", ["fp32"])
-    with pytest.raises(ExportError, match="cannot be loaded in ONNX Runtime"):
+    with pytest.raises(ExportError, match=r"settings cannot be read \(FileNotFoundError"):
         OnnxRuntime(source / "model.onnx")
     assert [entry.name for entry in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("genai_config.json", "[]"),
+        ("genai_config.json", '{"model": [], "search": {}}'),
+        ("genai_config.json", '{"model": {"context_length": 1e999}, "search": {}}'),
+        ("genai_config.json", '{"model": {"context_length": 64, "eos_token_id": 1.5}, "search": {}}'),
+        ("config.json", '{"text_config": 1}'),
+        ("generation_config.json", "3"),
+        ("generation_config.json", "[" * 100_000),
+    ],
+)
+def test_damaged_settings_are_told(exported: Path, tmp_path: Path, name: str, content: str) -> None:
+    for file in exported.glob("*.json"):
+        shutil.copy(file, tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ExportError, match=f"^{tmp_path}: its settings cannot be read") as caught:
+        OnnxRuntime(tmp_path / "onnx" / "model.onnx")
+    assert str(caught.value).isprintable()
 
 
 def test_large_floats_are_kept_in_half_and_computed_in_single(exported: Path) -> None:
