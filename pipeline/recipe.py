@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from export import quantizations
 from pipeline.errors import UserError
@@ -37,10 +45,22 @@ WITHOUT_TEMPERATURE = ("cross_entropy", "curriculum_temperature")
 """Objectives that can be learned from ``teacher.cache: sampled``."""
 
 
+NUMBERS = (int, float, int | None, float | None)
+
+
 class Section(BaseModel):
-    """A part of the recipe. Unknown keys are errors, and so are infinite numbers, which JSON cannot hold."""
+    """A part of the recipe. Unknown keys are errors, and so are infinite numbers, which JSON cannot hold, and
+    true or false where a number is asked, which Python would take for 1 and 0."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation in NUMBERS:
+            raise ValueError(f"input should be a number, not {str(value).lower()}")
+        return value
 
 
 class Teacher(Section):

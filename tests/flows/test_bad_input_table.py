@@ -274,6 +274,8 @@ TABLE = (
     ),
     key("distill.max_grad_norm", 0, "distill.max_grad_norm: input should be greater than 0, not 0."),
     key("distill.beta", 1.0, "distill.beta: input should be less than 1, not 1.0."),
+    key("distill.batch_size", True, "distill.batch_size: input should be a number, not true."),
+    key("bench.settle_s", False, "bench.settle_s: input should be a number, not false."),
     key("distill.temperature", 0, "distill.temperature: input should be greater than 0, not 0."),
     key("pretrain", {"tokens": 0}, "pretrain.tokens: input should be greater than or equal to 1, not 0."),
     key("pretrain", {}, "key pretrain.tokens is missing; add it (docs/guide.md lists all keys)."),
