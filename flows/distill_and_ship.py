@@ -327,6 +327,10 @@ def ship(recipe: Path, store: Path, release: Path) -> dict[str, Any]:
     made |= {name: future.result() for name, future in exporting.items()}
     made |= {f"fidelity_{name}": future.result() for name, future in judging.items()}
     show_fidelity(made, formats)
+    for name in formats:
+        if validate.failures_of(made[f"fidelity_{name}"]):
+            missed = {"stage": f"validate {name}", "state": "failed"}
+            logger.info(f"validate {name}: a gate was missed", extra=missed)
     validate.require_passed([made[f"fidelity_{name}"] for name in formats])
 
     # One after the other and nothing beside them: they are measured.

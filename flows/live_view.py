@@ -92,11 +92,11 @@ class LiveView(logging.Handler):
             return
         row = self.rows[stage]
         if state is not None:
-            row.state, row.line = state, ""
             if state == "running":
                 row.started = time.monotonic()
-            else:
+            elif row.state == "running":
                 row.ended = time.monotonic()
+            row.state, row.line = state, ""
         elif str(record.msg).startswith("warning") or "\n" in str(record.msg):
             # Too much for a row, and worth keeping on the screen.
             self._keep(str(record.msg))

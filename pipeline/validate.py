@@ -352,15 +352,16 @@ def require_passed(artifacts: list[Artifact]) -> None:
     Raises:
         GateFailed: with the sentences of all failures.
     """
-    failures = [
-        failure
-        for artifact in artifacts
-        for entry in json.loads((artifact.path / "fidelity.json").read_text(encoding="utf-8"))
-        for failure in entry["failures"]
-    ]
+    failures = [failure for artifact in artifacts for failure in failures_of(artifact)]
     if failures:
         more = f" ({len(failures) - 1} more gates failed.)" if len(failures) > 1 else ""
         raise GateFailed(failures[0] + more)
+
+
+def failures_of(fidelity: Artifact) -> list[str]:
+    """A sentence for each gate that a file of this format missed."""
+    entries = json.loads((fidelity.path / "fidelity.json").read_text(encoding="utf-8"))
+    return [failure for entry in entries for failure in entry["failures"]]
 
 
 def evaluation_rows(recipe: Recipe, instruct: Artifact, text: Artifact, chats: Artifact) -> list[list[int]]:

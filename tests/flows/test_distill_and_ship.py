@@ -53,6 +53,7 @@ def test_ship_fails_at_a_gate_then_goes_on_and_computes_nothing_twice(
     assert "q8_0" in sentence
     assert "mean_kl" in sentence
     assert "1e-12" in sentence
+    assert "validate gguf: a gate was missed" in err
     assert out == ""
     assert not (tmp_path / "release").exists()
 

@@ -79,6 +79,14 @@ def test_live_view_marks_what_failed(view: LiveView) -> None:
     assert re.search(r"✗ distill +failed after 0 s", "\n".join(screen(view)))
 
 
+def test_live_view_marks_a_stage_whose_file_missed_a_gate(view: LiveView) -> None:
+    with view:
+        for line, state in (("...", "running"), ("done, 0.0 s", "done"), ("a gate was missed", "failed")):
+            say(view, f"export gguf: {line}", "export gguf", state)
+    assert re.search(r"✗ export gguf +failed after 0 s", "\n".join(screen(view)))
+    assert view.said == []
+
+
 def test_live_view_fits_a_low_screen_while_it_runs_and_shows_all_in_the_end() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=60, height=8)
     names = [f"stage {number}" for number in range(20)]
