@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -440,11 +441,38 @@ def check_gguf(path: Path, model_dir: Path, config: Mapping[str, Any], weights: 
             raise ExportError(
                 f"{path.name}: {architecture}.{key} is {found}, but the model's configuration says {wanted}."
             )
+    _check_rope_scaling(reader, path, architecture, rope or text.get("rope_scaling") or {})
     template = _chat_template(model_dir)
     if template is not None and _field(reader, "tokenizer.chat_template") != template:
         raise ExportError(f"{path.name}: tokenizer.chat_template is not the model's own template.")
     _check_tokens(reader, path, model_dir, text)
     _check_head(reader, path, text, weights)
+
+
+def _check_rope_scaling(reader: Any, path: Path, architecture: str, rope: Mapping[str, Any]) -> None:
+    """The converter passes over kinds of scaling that it does not know for an architecture."""
+    rope = rope.get("full_attention", rope)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind in ("default", "dynamic"):  # a dynamic one changes nothing up to max_position_embeddings
+        return
+    tensors = {tensor.name for tensor in reader.tensors}
+    scaling = f"{architecture}.rope.scaling"
+    factor = float(_field(reader, f"{scaling}.factor") or 1.0)
+    # The file holds float32.
+    scaled = _field(reader, f"{scaling}.type") == kind and math.isclose(
+        factor, float(rope.get("factor", 1.0)), rel_tol=1e-6
+    )
+    written = {
+        "linear": scaled,
+        "yarn": scaled,
+        "llama3": "rope_freqs.weight" in tensors,
+        "longrope": {"rope_factors_long.weight", "rope_factors_short.weight"} <= tensors,
+    }
+    if not written.get(kind, False):
+        raise ExportError(
+            f"{path.name}: rope_type {kind} of the model's configuration is not in the file; llama.cpp's "
+            f"converter does not write it for {architecture}, so leave the GGUF formats out."
+        )
 
 
 def _check_tokens(reader: Any, path: Path, model_dir: Path, text: Mapping[str, Any]) -> None:

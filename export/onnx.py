@@ -26,7 +26,9 @@ from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from export.errors import ExportError
 from export.generation import NEUTRAL, stated
@@ -51,6 +53,8 @@ BUILDER_OPTIONS: dict[str, tuple[str, ...]] = {
 ROUNDED_OPTIONS = ("algo_config=rtn_last", "block_size=32", "is_symmetric=false")
 """Those of int4 whose layers come rounded: a head in 8 bits, and four bits with zero points to write over."""
 
+LENGTH_DEPENDENT = ("dynamic", "longrope")
+"""Kinds of rotary embedding whose frequencies depend on the text's length: the logits gate judges those."""
 BUILT_AS = {"fp16": "fp32"}
 """The builder's precision where it is not ours: its own float16 graphs are for GPUs alone."""
 
@@ -217,25 +221,38 @@ def _run_builder(
 
 
 def _check_rope(graph: onnx.ModelProto, config: PretrainedConfig, model_dir: Path) -> None:
-    """A builder that reads ``rope_theta`` only from the top level of the configuration, where transformers 5
-    no longer writes it, takes 10000 in silence: compare its cosine table with the true one."""
+    """Compares the graph's cosine tables with the frequencies that transformers computes.
+
+    A builder that reads ``rope_theta`` only from the top level of the configuration, where transformers 5 no
+    longer writes it, takes 10000 in silence; and ONNX Runtime GenAI's passes linear and YaRN scaling over for
+    some architectures.
+    """
     config = config.get_text_config()
     rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     of_layers = {"cos_cache_global": "full_attention", "cos_cache_local": "sliding_attention"}
     for tensor in graph.graph.initializer:
         if not tensor.name.startswith("cos_cache"):
             continue
-        said = rope.get(of_layers.get(tensor.name, ""), rope)
-        if said.get("rope_type", "default") != "default" or "rope_theta" not in said:
-            continue  # scaled frequencies: the logits gate judges those
+        layers = of_layers.get(tensor.name)
+        layers = layers if layers in rope else None
+        said = rope if layers is None else rope[layers]
+        kind = said.get("rope_type", "default")
+        if "rope_theta" not in said or kind in LENGTH_DEPENDENT:
+            continue
         table = onnx.numpy_helper.to_array(tensor).astype(np.float64)
         width = table.shape[1]  # half of the rotated dimensions
-        expected = np.cos(said["rope_theta"] ** (-np.arange(width) / width))
-        if np.abs(table[1] - expected).max() > 1e-3:
+        frequencies, scale = said["rope_theta"] ** (-np.arange(width) / width), 1.0
+        if kind in ROPE_INIT_FUNCTIONS:
+            computed, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), layer_type=layers)
+            frequencies = computed.double().numpy()
+        # Each frequency where it has turned by about one: there another one is told best.
+        rows = np.clip(np.round(1 / frequencies), 1, len(table) - 1).astype(int)
+        expected = scale * np.cos(rows * frequencies)
+        if len(frequencies) != width or np.abs(table[rows, np.arange(width)] - expected).max() > 1e-3:
             raise ExportError(
-                f"{model_dir}: the exported graph does not rotate with rope_theta {said['rope_theta']} of"
-                " config.json; write rope_theta at its top level too, or use another version of"
-                " onnxruntime-genai."
+                f"{model_dir}: the exported graph does not rotate as config.json says (rope_type {kind}, "
+                f"rope_theta {said['rope_theta']}); ONNX Runtime GenAI's builder does not do that for such a "
+                "model, so leave the ONNX formats out."
             )
 
 
