@@ -158,6 +158,7 @@ class CachedTeacher:
             logit_scale, softcap = self.meta["head"]["logit_scale"], self.meta["head"]["softcap"]
         except (KeyError, TypeError) as error:
             raise self._cache.incomplete(error) from None
+        self._cache.require_type(_to_array(torch.empty(0, dtype=self.dtype)).dtype)
         try:
             head = load_file(self.folder / "head.safetensors")
         except (OSError, SafetensorError) as error:

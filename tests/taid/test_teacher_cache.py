@@ -226,6 +226,13 @@ def test_a_broken_description_is_named(cache, content, message):
         CachedTeacher(cache)
 
 
+def test_a_shard_of_another_type_is_named(cache):
+    shard = next(cache.glob("hidden-*.npy"))
+    np.save(shard, np.load(shard).astype("S4"))
+    with pytest.raises(TaidError, match="a shard's type is not float32"):
+        CachedTeacher(cache, verify=False)
+
+
 def test_look_ups_that_do_not_fit(token_blocks, finished):
     teacher = CachedTeacher(finished)
     input_ids = torch.from_numpy(token_blocks[:2]).long()
