@@ -103,6 +103,6 @@ def phone(playwright_here: Any, tmp_path: Path, flags: str) -> Iterator[Any]:
         ignore_https_errors=True,
         **descriptor,
     )
-    context.set_default_timeout(120_000)
+    context.set_default_timeout(240_000)
     yield context
     context.close()
