@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from export.errors import ExportError
+from export.torch_runtime import load_in_torch
 
 BLOCK = 32
 """Columns of a row that share a scale and a zero point."""
@@ -92,14 +92,7 @@ def round_linear_layers(
     if position_ids is not None:
         positions = torch.from_numpy(np.array([position_ids[number] for number in even], np.int64))
     torch.set_num_threads(threads)
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=torch.float32, use_safetensors=True, local_files_only=True
-        )
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise ExportError(f"{model_dir}: cannot be loaded in transformers ({reason}).") from error
-    model.eval().requires_grad_(False)
+    model = load_in_torch(model_dir)
     counted = positions.flatten() > 0
     rounded: dict[str, FourBits] = {}
     # Projections beside each other have one input.

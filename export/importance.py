@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from export.errors import ExportError
+from export.torch_runtime import load_in_torch
 
 ROW = 512
 """Tokens of a row of ``rows_of_text``, llama.cpp's own choice."""
@@ -47,14 +48,7 @@ def measure_importance(
     if not sum(len(row) for row in rows):
         raise ExportError("importance matrix: there is no text to measure it on.")
     torch.set_num_threads(threads)
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=torch.float32, use_safetensors=True, local_files_only=True
-        )
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise ExportError(f"{model_dir}: cannot be loaded in transformers ({reason}).") from error
-    model.eval().requires_grad_(False)
+    model = load_in_torch(model_dir)
     sums: dict[str, torch.Tensor] = {}
     counts: dict[str, int] = {}
 

@@ -3,16 +3,37 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from jinja2 import TemplateError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from export.backend import Backend
 from export.errors import ExportError
 from export.generation import Stated, stated
 from export.runtime import Message
+
+
+def load_in_torch(folder: Path, trust_remote_code: bool = False) -> Any:
+    """A folder's model in float32, to be run and not to be trained; safetensors only.
+
+    Raises:
+        ExportError: it cannot be loaded.
+    """
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+        )
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ExportError(f"{folder}: cannot be loaded in transformers ({reason}).") from error
+    return model.eval().requires_grad_(False)
 
 
 class TransformersReader:
@@ -88,15 +109,8 @@ class TorchRuntime(TransformersReader):
             raise ExportError(f"{path}: no .safetensors file; only safetensors are loaded.")
         torch.set_num_threads(threads)
         super().__init__(path, trust_remote_code)
-        try:
-            safe = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-            self.model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=torch.float32, use_safetensors=True, **safe
-            )
-            config = AutoConfig.from_pretrained(path, **safe).get_text_config()
-        except Exception as error:
-            reason = " ".join(str(error).split())
-            raise ExportError(f"{path}: cannot be loaded in transformers ({reason}).") from error
+        self.model = load_in_torch(path, trust_remote_code)
+        config = self.model.config.get_text_config()
         self.backend = Backend(
             requested={"device": "cpu", "threads": threads},
             effective={
@@ -106,7 +120,6 @@ class TorchRuntime(TransformersReader):
                 "version": str(torch.__version__),
             },
         )
-        self.model.eval().requires_grad_(False)
         self.trained_context_length = int(config.max_position_embeddings)
         self.context_length = context_length or self.trained_context_length
         self.eos_token_id: int | None = self.tokenizer.eos_token_id
