@@ -41,7 +41,9 @@ def compile_library(architecture: kernels.Architecture, path: Path, metadata: di
         builder = relax.BlockBuilder()
         mlc_engine.add_engine_functions(builder, architecture, described, GpuOperators)
         kernels.add_metadata(builder, architecture, {**metadata, "target": "webgpu wasm32"})
-        executable = relax.build(builder.finalize(), target=described, relax_pipeline=_pipeline(described))
+        module = builder.finalize()
+        mend_merge(module, architecture)
+        executable = relax.build(module, target=described, relax_pipeline=_pipeline(described))
 
         def link(output: str, objects: Sequence[str], **_: Any) -> None:
             emscripten.link([*runtime, *map(Path, objects)], Path(output))
@@ -257,6 +259,60 @@ def root_mean_square(x: te.Tensor, epsilon: float) -> te.Tensor:
         lambda *i: te.rsqrt(squares[i] / tirx.Cast("float32", columns) + tirx.const(epsilon, "float32")),
         name="scale",
     )
+
+
+def mend_merge(module: Any, a: kernels.Architecture) -> None:
+    """Puts ``merge_kernel`` in the place of TVM's own, in which one thread may overwrite what others of its
+    workgroup have not read yet: no barrier is between, and not all of them go in step.
+
+    Args:
+        module: a finished module with ``create_tir_paged_kv_cache``; changed in place.
+        a: the model's architecture.
+    """
+    name = "tir_attention_merge_state"
+    old = module[name]
+    module[name] = merge_kernel(a).with_attr("global_symbol", old.attrs["global_symbol"])
+
+
+@cache
+def merge_kernel(a: kernels.Architecture) -> tirx.PrimFunc:
+    """Joins the attention over new tokens with that over what the cache held before, in place.
+
+    y = (2^l y + 2^m z) / (2^l + 2^m) for outputs y, z with base-2 logarithms l, m of their sums of
+    exponentials; l becomes the logarithm of the joint sum. One thread for each head of each token.
+    """
+    heads, dim = a.heads, a.head_dim
+
+    @T.prim_func(s_tir=True)
+    def kernel(y_handle: T.handle, l_handle: T.handle, z_handle: T.handle, m_handle: T.handle):
+        T.func_attr({"tirx.is_scheduled": True, "op_pattern": 8})
+        tokens = T.int32()
+        y = T.match_buffer(y_handle, (tokens, heads, dim), "float32")
+        l = T.match_buffer(l_handle, (tokens, heads), "float32")  # noqa: E741
+        z = T.match_buffer(z_handle, (tokens, heads, dim), "float32")
+        m = T.match_buffer(m_handle, (tokens, heads), "float32")
+        for block in T.thread_binding((tokens * heads + 63) // 64, thread="blockIdx.x"):
+            for thread in T.thread_binding(64, thread="threadIdx.x"):
+                with T.sblock("merge"):
+                    T.reads()
+                    T.writes()
+                    place = T.alloc_buffer((2,), "int32", scope="local")  # token, head
+                    share = T.alloc_buffer((3,), "float32", scope="local")  # of y, of z, larger logarithm
+                    place[0] = (block * 64 + thread) // heads
+                    place[1] = (block * 64 + thread) % heads
+                    if place[0] < tokens:
+                        share[0] = l[place[0], place[1]]
+                        share[1] = m[place[0], place[1]]
+                        share[2] = T.max(share[0], share[1])
+                        share[0] = T.exp2(share[0] - share[2])
+                        share[1] = T.exp2(share[1] - share[2])
+                        for k in range(dim):
+                            y[place[0], place[1], k] = (
+                                share[0] * y[place[0], place[1], k] + share[1] * z[place[0], place[1], k]
+                            ) / (share[0] + share[1])
+                        l[place[0], place[1]] = T.log2(share[0] + share[1]) + share[2]
+
+    return kernel
 
 
 @cache

@@ -107,17 +107,17 @@ class OnnxRuntime:
         logits = next(value for value in self.session.get_outputs() if value.name == "logits")
         self.vocabulary_size = min(int(logits.shape[-1]), max(self.tokenizer.get_vocab().values()) + 1)
         # ONNX Runtime GenAI reads one file and transformers.js the other: an end is what ends both.
-        # ONNX Runtime GenAI reads one file and transformers.js the other: an end is what ends both.
         self.end_of_turn_ids = tuple(sorted(genai_ends & own_ends))
         self._folder = folder
         self._inputs = inputs
-        self._cache: dict[str, Any] = {}
+        self._binding = self.session.io_binding()
         for name, value in inputs.items():
             if name.startswith("past_key_values."):
                 shape = [1, int(value.shape[1]), self.context_length, int(value.shape[3])]
-                self._cache[name] = onnxruntime.OrtValue.ortvalue_from_shape_and_type(
-                    shape, NUMPY_TYPES[value.type]
-                )
+                cache = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, NUMPY_TYPES[value.type])
+                self._binding.bind_ortvalue_input(name, cache)
+                self._binding.bind_ortvalue_output(name.replace("past_key_values.", "present."), cache)
+        self._bound_tokens = 0
         self.reset()
 
     def tokenize(self, text: str) -> list[int]:
@@ -155,22 +155,21 @@ class OnnxRuntime:
         self._used = 0
 
     def _run(self, token_ids: Sequence[int]) -> np.ndarray:
-        """Appends tokens to the cache; logits [T, V of the graph]."""
+        """Appends tokens to the cache; logits [T, V of the graph], until the next run writes over them."""
         total = self._used + len(token_ids)
         if not token_ids:
             raise ExportError("no tokens were given to run.")
         if total > self.context_length:
             raise ExportError(f"{total} tokens do not fit into a context of {self.context_length}.")
-        binding = self.session.io_binding()
+        binding = self._binding
         binding.bind_cpu_input("input_ids", np.array([token_ids], dtype=np.int64))
         if "attention_mask" in self._inputs:
             binding.bind_cpu_input("attention_mask", np.ones((1, total), dtype=np.int64))
         if "position_ids" in self._inputs:
             binding.bind_cpu_input("position_ids", np.arange(self._used, total, dtype=np.int64)[None])
-        for name, value in self._cache.items():
-            binding.bind_ortvalue_input(name, value)
-            binding.bind_ortvalue_output(name.replace("past_key_values.", "present."), value)
-        binding.bind_output("logits")
+        if len(token_ids) != self._bound_tokens:  # as long as their shape stays, logits stay in one place
+            binding.bind_output("logits")
+            self._bound_tokens = len(token_ids)
         self.session.run_with_iobinding(binding)
         self._used = total
         return binding.get_outputs()[-1].numpy()[0]
@@ -178,10 +177,10 @@ class OnnxRuntime:
     def forward(self, token_ids: Sequence[int]) -> np.ndarray:
         """See ``Runtime.forward``."""
         pieces = [
-            self._run(token_ids[start : start + PREFILL_CHUNK])[:, : self.vocabulary_size]
+            self._run(token_ids[start : start + PREFILL_CHUNK])[:, : self.vocabulary_size].astype(np.float32)
             for start in range(0, len(token_ids), PREFILL_CHUNK)
         ]
-        return np.concatenate(pieces).astype(np.float32, copy=False)
+        return np.concatenate(pieces)
 
     def prefill(self, token_ids: Sequence[int]) -> np.ndarray:
         """See ``Runtime.prefill``."""
@@ -195,7 +194,7 @@ class OnnxRuntime:
 
     def close(self) -> None:
         """See ``Runtime.close``."""
-        del self.session, self._cache
+        del self.session, self._binding
 
 
 def _as_ids(value: int | list[int] | None) -> set[int]:

@@ -73,16 +73,14 @@ def _of_onnx(path: Path) -> dict[str, str]:
             name = made_from[name]
         return name
 
-    # Where an operator on blocks has its weights, and what else of it are scales and zero points.
-    places = {"MatMulNBits": (1, (2, 3)), "GatherBlockQuantized": (0, (2, 3))}
     types, others = {}, set()
     for node in graph.node:
-        if node.op_type not in places:
+        if node.op_type != "MatMulNBits":
             continue
-        weights, rest = places[node.op_type]
+        _, weights, *scales_and_zero_points = node.input
         numbers = {attribute.name: attribute.i for attribute in node.attribute}
-        types[source(node.input[weights])] = f"int{numbers.get('bits', 4)}, blocks of {numbers['block_size']}"
-        others |= {source(node.input[place]) for place in rest if place < len(node.input)}
+        types[source(weights)] = f"int{numbers.get('bits', 4)}, blocks of {numbers['block_size']}"
+        others |= {source(name) for name in scales_and_zero_points}
     names = {
         onnx.TensorProto.FLOAT: "float32",
         onnx.TensorProto.FLOAT16: "float16",

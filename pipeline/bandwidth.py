@@ -47,18 +47,8 @@ def _onnx_bytes(file: Path) -> int:
     import onnx
 
     graph = onnx.load(file, load_external_data=False).graph
-    looked_up = {
-        name
-        for node in graph.node
-        if node.op_type in ("Gather", "GatherBlockQuantized")
-        for name in node.input
-    }
-    read = {
-        name
-        for node in graph.node
-        if node.op_type not in ("Gather", "GatherBlockQuantized")
-        for name in node.input
-    }
+    looked_up = {name for node in graph.node if node.op_type == "Gather" for name in node.input}
+    read = {name for node in graph.node if node.op_type != "Gather" for name in node.input}
     total = 0
     for tensor in graph.initializer:
         if tensor.name in looked_up - read:

@@ -24,6 +24,7 @@ from pipeline.recipe import WITHOUT_TEMPERATURE, Launch, Recipe
 from pipeline.training import (
     ProgressLines,
     curve_of,
+    deciding_values,
     peak_memory,
     reporting,
     start_counting_memory,
@@ -163,7 +164,7 @@ def run(
 
     parameters = {
         key: value
-        for key, value in recipe.slice("distill")["distill"].items()
+        for key, value in deciding_values(recipe, "distill").items()
         if key not in IRRELEVANT and (key not in ADDED or value != ADDED[key])
     }
     if recipe.launch is not None:
@@ -271,7 +272,7 @@ def train_student(
         raise UserError(f"distill: {error}") from None
     start_counting_memory()
     started = time.monotonic()
-    train(trainer, work, "distill", report)
+    train(trainer, work, "distill", report, section.timeout_s if recipe.launch is None else None)
     if save_to is not None:
         trainer.save_model(str(save_to))
     return {
@@ -315,7 +316,13 @@ def train_launched(
             "logs": str(store.root / "logs"),
         }
         launch_training(
-            launch, "pipeline.distill", request, work, store.log_file(f"distill {objective}"), store.report
+            launch,
+            "pipeline.distill",
+            request,
+            work,
+            store.log_file(f"distill {objective}"),
+            store.report,
+            recipe.distill.timeout_s,
         )
     return json.loads(result.read_text(encoding="utf-8"))
 

@@ -19,7 +19,7 @@ from pipeline.artifacts import Artifact, Store, write_json
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 
-VERSION = 8
+VERSION = 9
 FORMATS = ("gguf", "mlc", "onnx")
 UNQUANTIZED = {"gguf": "f16", "mlc": "q0f32", "onnx": "fp32"}
 """What a format's quantized files are made from, or would be if each were made in two steps."""

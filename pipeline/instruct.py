@@ -18,7 +18,7 @@ from pipeline.conversations import SAMPLE_TOKENS, held_out_prompts
 from pipeline.fidelity import Fidelity
 from pipeline.models import load_model, load_tokenizer, save_model
 from pipeline.recipe import Recipe
-from pipeline.training import ProgressLines, curve_of, reporting, train, training_values
+from pipeline.training import ProgressLines, curve_of, deciding_values, reporting, train, training_values
 from taid import LiveTeacher, TaidError, evaluate_distillation, freeze_embeddings
 
 STAGE = "instruct"
@@ -89,7 +89,7 @@ def run(store: Store, recipe: Recipe, teacher: Artifact, student: Artifact, chat
                 *reporting(recipe, STAGE, work, store.root / "logs", store.report),
             ],
         )
-        train(trainer, work, "instruct", store.report)
+        train(trainer, work, "instruct", store.report, section.timeout_s)
         adapted: Any = trainer.model
         rows = [input_ids for input_ids, _ in held_out[:MERGE_ROWS]] if lora is not None else []
         unmerged = [logits_of(adapted, row) for row in rows]
@@ -125,7 +125,7 @@ def run(store: Store, recipe: Recipe, teacher: Artifact, student: Artifact, chat
     return store.get_or_make(
         STAGE,
         VERSION,
-        recipe.slice("instruct"),
+        {"instruct": deciding_values(recipe, "instruct")},
         {"teacher": teacher, "student": student, "chats": chats},
         make,
         recipe.seed,

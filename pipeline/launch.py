@@ -46,6 +46,7 @@ def launch_training(
     work: Path,
     log: Path,
     report: Callable[[str], None],
+    seconds: float | None = None,
 ) -> None:
     """Runs a worker module on all processes and waits for them.
 
@@ -57,9 +58,10 @@ def launch_training(
         work: folder of the request and the results; with several machines, one that all of them see.
         log: file for what the processes say.
         report: receives their progress.
+        seconds: how long they may take; None for any time.
 
     Raises:
-        UserError: a worker failed.
+        UserError: a worker failed, or time is up.
     """
     path, error_file = work / "request.json", work / "error.txt"
     write_json(path, request)
@@ -82,11 +84,21 @@ def launch_training(
             errors="replace",
         )
         assert child.stdout is not None
+        time_is_up = threading.Event()
+
+        def give_up() -> None:
+            time_is_up.set()
+            end(child)
+
+        clock = threading.Timer(threading.TIMEOUT_MAX if seconds is None else seconds, give_up)
+        clock.daemon = True
+        clock.start()
         try:
             for line in child.stdout:
                 forward(line, report)
             status = child.wait()
         finally:
+            clock.cancel()
             end(child)
     with log.open("rb") as said:
         said.seek(start)
@@ -94,6 +106,11 @@ def launch_training(
     tell_log(finished, ["torchrun", *arguments])
     if status == 0:
         return
+    if time_is_up.is_set():
+        raise UserError(
+            f"distill.timeout_s: the training was not done after {seconds:g} s and was ended; "
+            "the same command goes on from its last checkpoint."
+        )
     if error_file.exists():
         raise UserError(error_file.read_text(encoding="utf-8").strip())
     error = UserError(

@@ -9,7 +9,7 @@ from pipeline.artifacts import Artifact, Store, write_json
 from pipeline.errors import UserError
 from pipeline.models import load_model, load_tokenizer, position_ids, save_model
 from pipeline.recipe import Recipe
-from pipeline.training import ProgressLines, curve_of, reporting, train, training_values
+from pipeline.training import ProgressLines, curve_of, deciding_values, reporting, train, training_values
 from taid import DistillationTrainer, TokenBlockDataset, freeze_embeddings
 
 STAGE = "pretrain"
@@ -53,11 +53,12 @@ def run(store: Store, recipe: Recipe, student: Artifact, text: Artifact) -> Arti
                 *reporting(recipe, STAGE, work, store.root / "logs", store.report),
             ],
         )
-        train(trainer, work, "pretrain", store.report)
+        train(trainer, work, "pretrain", store.report, section.timeout_s)
         model.requires_grad_(True)
         save_model(model, tokenizer, output / "model", generation_config)
         write_json(output / "curve.json", curve_of(trainer.state.log_history))
 
+    parameters = {"pretrain": deciding_values(recipe, "pretrain")}
     return store.get_or_make(
-        STAGE, VERSION, recipe.slice("pretrain"), {"student": student, "text": text}, make, recipe.seed
+        STAGE, VERSION, parameters, {"student": student, "text": text}, make, recipe.seed
     )

@@ -169,6 +169,12 @@ class Training(Section):
     freeze_embeddings: bool = Field(
         False, description="Embedding and tied head stay as they are: less to train, less to forget."
     )
+    timeout_s: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds that one go at the training may take. It then ends with a checkpoint (with "
+        "launch, at the last one), and the same command goes on from there; without it there is no limit.",
+    )
 
 
 class Generations(Section):

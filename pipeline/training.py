@@ -48,6 +48,12 @@ def training_values(section: Training, work: Path, seed: int, run_name: str) -> 
     }
 
 
+def deciding_values(recipe: Recipe, section: str) -> dict[str, Any]:
+    """The values of a training section that its result depends on, as plain JSON values."""
+    values = recipe.slice(section)[section]
+    return {key: value for key, value in values.items() if key != "timeout_s"}
+
+
 def reporting(
     recipe: Recipe, run_name: str, work: Path, logs: Path, report: Callable[[str], None]
 ) -> list[TrainerCallback]:
@@ -140,7 +146,31 @@ class ProgressLines(TrainerCallback):
         )
 
 
-def train(trainer: Any, work: Path, section: str, report: Callable[[str], None]) -> float:
+class TimeLimit(TrainerCallback):
+    """Ends a training that takes too long, with a checkpoint.
+
+    Attributes:
+        passed: whether it did.
+    """
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self.started = 0.0
+        self.passed = False
+
+    def on_train_begin(self, *arguments: Any, **keywords: Any) -> None:
+        """Starts the clock."""
+        self.started = time.monotonic()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **keywords: Any) -> None:
+        """Looks at the clock; the last step ends by itself."""
+        if state.global_step < state.max_steps and time.monotonic() - self.started > self.seconds:
+            self.passed = control.should_save = control.should_training_stop = True
+
+
+def train(
+    trainer: Any, work: Path, section: str, report: Callable[[str], None], seconds: float | None = None
+) -> float:
     """Trains to the end, from the last complete checkpoint when there is one.
 
     Args:
@@ -148,16 +178,21 @@ def train(trainer: Any, work: Path, section: str, report: Callable[[str], None])
         work: folder of its checkpoints.
         section: the recipe's, for sentences.
         report: receives a line for a damaged checkpoint.
+        seconds: how long it may take; None for any time. Not for several processes, whose clocks may
+            disagree in which step that is.
 
     Returns:
         Seconds of this process's training.
 
     Raises:
-        UserError: the loss is no longer a number, or the settings do not fit together.
+        UserError: the loss is no longer a number, the settings do not fit together, or time is up.
     """
     trainer.remove_callback(PrinterCallback)
     started = time.monotonic()
     trainer.add_callback(CheckpointDigests())
+    limit = None if seconds is None else TimeLimit(seconds)
+    if limit is not None:
+        trainer.add_callback(limit)
     checkpoint = last_complete_checkpoint(work, report)
     try:
         with freed_memory_kept():
@@ -166,6 +201,11 @@ def train(trainer: Any, work: Path, section: str, report: Callable[[str], None])
         raise UserError(f"{section}: {error}") from None
     if any(entry["loss"] != entry["loss"] for entry in trainer.state.log_history if "loss" in entry):
         raise UserError(f"{section}.learning_rate: the loss became NaN; choose a smaller learning rate.")
+    if limit is not None and limit.passed:
+        raise UserError(
+            f"{section}.timeout_s: the training was not done after {seconds:g} s and stopped at step "
+            f"{trainer.state.global_step} of {trainer.state.max_steps}; the same command goes on from there."
+        )
     return time.monotonic() - started
 
 

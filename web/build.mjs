@@ -28,7 +28,7 @@ await build({
   legalComments: "external",
   logLevel: "warning",
   define: { WEBLLM_VERSION: JSON.stringify((await packageOf("@mlc-ai/web-llm")).version) },
-  // The WebGPU build of ONNX Runtime lacks GatherBlockQuantized, which our int4 graphs use; the plain one has it.
+  // The page runs ONNX graphs in WebAssembly alone, and the build without WebGPU is half as large.
   alias: { "onnxruntime-web/webgpu": "onnxruntime-web/wasm" },
 });
 

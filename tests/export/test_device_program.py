@@ -14,10 +14,10 @@ from export.gguf import export_gguf
 from export.llama_cpp_runtime import LlamaCppRuntime
 
 EMULATOR = "qemu-aarch64"
-QUANTIZATIONS = ["f16", "q8_0", "q4_0", "q4_k_m"]
-NEAR_TIE = 0.1
-"""Logits that rounding between two instruction sets may turn round: 0.014 was seen at f16, 0.067 where the
-runtime rounds activations to 8 bits, too."""
+NEAR_TIES = {"f16": 0.03, "q8_0": 0.1, "q4_0": 0.1, "q4_k_m": 0.1}
+"""Logits that rounding between two instruction sets may turn round, of each quantization: 0.014 was seen at
+f16, 0.067 where the runtime rounds activations to 8 bits, too."""
+QUANTIZATIONS = list(NEAR_TIES)
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +76,10 @@ def test_given_the_same_tokens_both_processors_rank_the_same_token_first(
         f"{quantization}: {(behind == 0).sum()} of {len(ids)} the same, the others at most "
         f"{behind.max():.3f} behind; logits of the first {off.mean():.3f} apart, at most {off.max():.3f}"
     )
-    assert behind.max() < NEAR_TIE, f"after token {behind.argmax()} it is {behind.max()} behind"
+    near_tie = NEAR_TIES[quantization]
+    assert behind.max() < near_tie, f"after token {behind.argmax()} it is {behind.max()} behind"
     assert (behind == 0).mean() > 0.9
-    assert off.mean() < NEAR_TIE
+    assert off.mean() < near_tie
 
 
 @pytest.mark.slow

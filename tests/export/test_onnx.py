@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from export.errors import ExportError
-from export.onnx import FILE_NAMES, _check_rope, export_onnx
+from export.onnx import FILE_NAMES, _check_rope, _look_up_by_plain_operators, export_onnx
 from export.onnx_runtime import GenaiTokenizer, OnnxRuntime, genai_greedy
 from export.runtime import generate_greedily
 from export.tensors import tensor_types, type_of_each
@@ -258,6 +259,49 @@ def test_large_floats_are_kept_in_half_and_computed_in_single(exported: Path) ->
     assert max(sizes["int8"], sizes["int4"]) < 4000
     file = exported / "onnx"
     assert (file / "model_fp16.onnx").stat().st_size < 0.6 * (file / "model.onnx").stat().st_size
+
+
+def test_an_embedding_of_8_bits_is_looked_up_as_by_the_contributed_operator() -> None:
+    """By ONNX Runtime's own GatherBlockQuantized, to the bit, and without it afterwards."""
+    numbers = np.random.default_rng(0)
+    tensors = {
+        "codes": numbers.integers(0, 256, (50, 3, 32), dtype=np.uint8),
+        "zero_points": numbers.integers(0, 256, (50, 3), dtype=np.uint8),
+        "scales": numbers.normal(size=(50, 3)).astype(np.float32),
+        "width": np.array([50, 96]),
+    }
+    ids, embedding = (
+        onnx.helper.make_tensor_value_info(name, kind, ["batch", "length", *more])
+        for name, kind, more in (
+            ("ids", onnx.TensorProto.INT64, []),
+            ("embedding", onnx.TensorProto.FLOAT, [96]),
+        )
+    )
+    values = {"bits": 8, "block_size": 32, "gather_axis": 0, "quantize_axis": 1, "domain": "com.microsoft"}
+    nodes = [
+        onnx.helper.make_node("Reshape", ["codes", "width"], ["flat"], "/embed/Reshape"),
+        onnx.helper.make_node(
+            "GatherBlockQuantized",
+            ["flat", "ids", "scales", "zero_points"],
+            ["embedding"],
+            "/embed/GatherBlockQuantized",
+            **values,
+        ),
+    ]
+    initializers = [onnx.numpy_helper.from_array(tensor, name) for name, tensor in tensors.items()]
+    graph = onnx.helper.make_graph(nodes, "look-up", [ids], [embedding], initializers)
+    versions = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = onnx.helper.make_model(graph, opset_imports=versions, ir_version=10)
+
+    def looked_up() -> np.ndarray:
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        return session.run(None, {"ids": np.array([[0, 49, 7], [7, 1, 2]])})[0]
+
+    expected = looked_up()
+    _look_up_by_plain_operators(model)
+    assert {node.domain for node in model.graph.node} == {""}
+    onnx.checker.check_model(model, full_check=True)
+    np.testing.assert_array_equal(looked_up(), expected)
 
 
 def test_types_of_tensors_add_up_to_the_file(exported: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from pipeline import distill, prepare, student
 from pipeline.artifacts import Artifact, Store
+from pipeline.errors import UserError
 from pipeline.models import load_model, position_ids
 from pipeline.recipe import Recipe
 
@@ -57,3 +59,24 @@ def test_a_temperature_of_one_leaves_older_results_good(
         keys[temperature] = trained.manifest()["parameters"]
     assert "temperature" not in keys[1.0]
     assert keys[2.0]["temperature"] == 2.0
+
+
+def test_a_training_that_takes_too_long_stops_and_goes_on(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, tiny_teacher: Artifact
+) -> None:
+    """With a checkpoint that no multiple of checkpoint_every asked for; then as if it had never stopped."""
+    digests = {}
+    for hurried in (False, True):
+        lines: list[str] = []
+        store = Store(tmp_path / f"store-{hurried}", report=lines.append)
+        recipe = make_recipe(distill={"batch_size": 4})
+        text = prepare.run(store, recipe, tiny_teacher)
+        initial = student.run(store, recipe, tiny_teacher, text)
+        if hurried:
+            short = make_recipe(distill={"batch_size": 4, "timeout_s": 1e-3})
+            told = r"^distill\.timeout_s: the training was not done after 0\.001 s and stopped at step 1 of "
+            with pytest.raises(UserError, match=told):
+                distill.run(store, short, tiny_teacher, initial, text, None, "taid")
+        digests[hurried] = distill.run(store, recipe, tiny_teacher, initial, text, None, "taid").digest
+        assert any("going on from step 1 of" in line for line in lines) is hurried
+    assert digests[True] == digests[False]

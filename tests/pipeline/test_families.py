@@ -205,6 +205,20 @@ def test_the_runtime_computes_and_reads_what_transformers_does(
     runtime.close()
 
 
+@pytest.mark.parametrize("format", EXPORTS)
+def test_a_vocabulary_as_large_as_gemmas(
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, format: str
+) -> None:
+    """262,144 rows, of which the tokenizer reaches the first; the others are no less part of the softmax."""
+    torch.manual_seed(6)
+    model = gemma3(tiny_tokenizer, tmp_path / "model", vocab_size=262_144)
+    reference = TorchRuntime(model)
+    runtime = open_runtime(EXPORTS[format](model, tmp_path / "out", None))
+    assert runtime.vocabulary_size == reference.vocabulary_size == 262_144
+    assert mean_kl(reference, runtime) < LIMITS[format]
+    runtime.close()
+
+
 def test_what_mlc_cannot_hold_is_told_before(model_dirs: dict[str, Path]) -> None:
     (problem,) = preflight.problems(model_dirs["granite"], ["mlc"])
     assert problem.startswith("export.mlc: ")

@@ -107,6 +107,14 @@ def test_failures_are_told(worker: Path, do: str, message: str) -> None:
         assert "no more memory" in "".join(caught.value.__notes__)
 
 
+def test_what_takes_too_long_is_ended(worker: Path) -> None:
+    request = {"folder": str(worker), "do": "sleep"}
+    told = r"distill\.timeout_s: the training was not done after 20 s and was ended; the same command goes on"
+    with pytest.raises(UserError, match=told):
+        launch_training(Launch(), "worker", request, worker, worker / "log", lambda line: None, 20)
+    assert not is_running(int((worker / "worker-0").read_text()))
+
+
 def test_workers_end_with_the_process_that_started_them(worker: Path) -> None:
     parent = subprocess.Popen([sys.executable, "-c", PARENT, worker], stdout=subprocess.DEVNULL)
     files = [worker / "worker-0", worker / "worker-1"]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import playwright.sync_api
 import pytest
+from chromium import CONTRAST
 from static_server import Server
 
 from export.runtime import open_runtime
@@ -127,6 +128,22 @@ def test_two_turns_then_offline(phone: Any, server: Any, release: Path, label: s
     assert [line for line in said if not re.search("ERR_INTERNET_DISCONNECTED|ERR_CONNECTION", line)] == []
 
 
+def test_loading_shows_how_far_it_is(phone: Any, release: Path) -> None:
+    running = Server(release, seconds=4)
+    tab, _, _ = open_page(phone, running.origin)
+    tab.locator("label.model", has_text="GGUF q8_0").tap()
+    tab.tap("#load")
+    tab.wait_for_function("document.querySelector('#progress').value > 0.3")
+    value = tab.evaluate("document.querySelector('#progress').value")
+    assert value < 1
+    bar = tab.locator("#progress")
+    assert bar.bounding_box()["y"] < tab.viewport_size["height"], "the progress is below the screen"
+    done, total = re.findall(r"([\d.]+) [kM]B", tab.inner_text("label[for=progress]"))
+    assert 0 < float(done) < float(total)
+    tab.wait_for_selector("#talk:visible")
+    running.lost()
+
+
 def test_a_damaged_file_is_said_and_another_can_be_loaded(phone: Any, release: Path, tmp_path: Path) -> None:
     shutil.copytree(release, tmp_path / "release")
     (file,) = (tmp_path / "release").glob("*-GGUF/*.gguf")
@@ -174,6 +191,10 @@ def test_first_screen(phone: Any, server: Any, tmp_path: Path, scheme: str) -> N
     assert box["y"] + box["height"] <= tab.viewport_size["height"], "Load is below the first screen"
     assert box["height"] >= 44
     assert said == []
+    ground = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    brightness = sum(map(int, re.findall(r"\d+", ground)[:3])) / 765
+    assert brightness < 0.2 if scheme == "dark" else brightness > 0.8
+    assert tab.evaluate(CONTRAST) == [], "text without enough contrast"
 
 
 def test_keyboard_alone(phone: Any, server: Any) -> None:
@@ -194,6 +215,9 @@ def test_keyboard_alone(phone: Any, server: Any) -> None:
     tab.keyboard.press("Escape")
     tab.wait_for_selector(".assistant[aria-busy=false]")
     assert "stopped" in tab.locator(".numbers").inner_text()
+    for scheme in ("light", "dark"):
+        tab.emulate_media(color_scheme=scheme)
+        assert tab.evaluate(CONTRAST) == [], f"text without enough contrast ({scheme})"
 
 
 def test_models_json_lists_every_file_with_its_digest(release: Path) -> None:

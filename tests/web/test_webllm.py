@@ -1,5 +1,6 @@
 """The library for browsers in WebLLM's own engine, in Chromium with a GPU made of software (SwiftShader)."""
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -18,10 +19,12 @@ from transformers import PreTrainedTokenizerFast
 
 from export.mlc import export_mlc
 from export.mlc_runtime import MlcRuntime
+from export.runtime import generate_greedily
 from pipeline import cards, report, web
 from pipeline.artifacts import Store
 
-pytestmark = pytest.mark.slow
+# Emscripten takes minutes, most of them its optimizer.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 CHROMIUM = Path("/usr/bin/chromium")
 NAME = "Tiny-Instruct"
 FLAGS = (
@@ -46,11 +49,12 @@ const engine = new MLCEngine({
   logitProcessorRegistry: new Map([["m", record]]),
 });
 window.load = () => engine.reload("m");
-window.forced = async (prompt, rest) => {
+window.forced = async (parts) => {
   await engine.resetChat();
   logits.length = 0;
-  await engine.forwardTokensAndSample(prompt, true);
-  for (const id of rest) await engine.forwardTokensAndSample([id], false);
+  for (const [index, ids] of parts.entries()) {
+    await engine.forwardTokensAndSample(ids, index === 0 || ids.length > 1);
+  }
   return logits;
 };
 window.chat = async (messages, options) => {
@@ -112,13 +116,15 @@ def loaded(playwright_here: Any, folder: Path, site: Path) -> Iterator[Any]:
     server.lost()
 
 
-def check_logits(tab: Any, runtime: MlcRuntime, ids: list[int], first: int) -> None:
-    """Those of WebLLM, prefill of the first and then one token after the other, against this machine's."""
-    prompt, rest = ids[:first], ids[first:]
-    found = np.array(tab.evaluate("([prompt, rest]) => forced(prompt, rest)", [prompt, rest]))
+def check_logits(tab: Any, runtime: MlcRuntime, ids: list[int], first: int, second: int = 1) -> None:
+    """Those of WebLLM, prefill of the first and of the second part and then one token after the other,
+    against this machine's."""
+    ends = [first, *range(first + second, len(ids) + 1)]
+    parts = [ids[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    found = np.array(tab.evaluate("forced", parts))
     runtime.reset()
-    expected = runtime.forward(ids)[len(prompt) - 1 :]
-    assert found.shape == (len(rest) + 1, runtime.metadata["vocab_size"])
+    expected = runtime.forward(ids)[[end - 1 for end in ends]]
+    assert found.shape == (len(ends), runtime.metadata["vocab_size"])
     found = found[:, : expected.shape[1]]
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-3 * np.abs(expected).max())
 
@@ -130,12 +136,27 @@ def runtime(folder: Path) -> Iterator[MlcRuntime]:
     opened.close()
 
 
+def assert_first(runtime: MlcRuntime, prompt: list[int], answer: list[int]) -> None:
+    """After the prompt the runtime ranks each token of the answer first, or nearly: rounding may decide."""
+    runtime.reset()
+    logits = runtime.forward([*prompt, *answer])[len(prompt) - 1 : -1]
+    behind = logits.max(axis=1) - logits[np.arange(len(answer)), answer]
+    assert behind.max() < NEAR_TIE, f"token {behind.argmax()} of the answer is {behind.max()} behind"
+
+
 def test_logits_are_those_of_this_machines_library(tab: Any, runtime: MlcRuntime) -> None:
     """Prefill of a prompt, then one token after the other."""
     ids = runtime.tokenize(
         "The import statement binds a name, twice in 1234 cases.\n\n    def f(x): return x"
     )
     check_logits(tab, runtime, ids, 17)
+
+
+@pytest.mark.parametrize("second", [2, 9, 40])
+def test_logits_of_a_prefill_after_another(tab: Any, runtime: MlcRuntime, second: int) -> None:
+    """As when a conversation goes on from the cache; up to several pages of it."""
+    text = "The import statement binds a name, twice in 1234 cases.\n\n    def f(x): return x\n"
+    check_logits(tab, runtime, runtime.tokenize(text * 3)[: 37 + second + 2], 37, second)
 
 
 def test_gemma3_beyond_its_window(
@@ -171,12 +192,8 @@ def test_webllm_chats_as_the_native_runtime_does(tab: Any, runtime: MlcRuntime) 
         result = tab.evaluate("([messages, options]) => chat(messages, options)", [messages, options])
         prompt = runtime.chat_ids(messages, add_generation_prompt=True)
         assert result["usage"]["prompt_tokens"] == len(prompt)
-        answer = result["ids"]
-        assert 0 < len(answer) <= 24
-        runtime.reset()
-        logits = runtime.forward([*prompt, *answer])[len(prompt) - 1 : -1]
-        behind = logits.max(axis=1) - logits[np.arange(len(answer)), answer]
-        assert behind.max() < NEAR_TIE, f"token {behind.argmax()} of the answer is {behind.max()} behind"
+        assert 0 < len(result["ids"]) <= 24
+        assert_first(runtime, prompt, result["ids"])
 
 
 def test_bias_and_penalties_are_those_of_the_formula(tab: Any, runtime: MlcRuntime) -> None:
@@ -233,11 +250,70 @@ def test_the_lines_of_the_model_card(tab: Any, folder: Path, tmp_path: Path) -> 
     assert tab.evaluate("window.told").strip()
 
 
-def test_the_page_chats_with_the_mlc_folder_and_offline(phone: Any, folder: Path, tmp_path: Path) -> None:
-    release = tmp_path / "release"
+def lay_out(folder: Path, release: Path) -> None:
+    """A release of the page and a copy of the folder."""
     shutil.copytree(folder, release / folder.name)
     listed = {"path": str(folder), "format": "mlc", "quantization": "q4f32_1"}
     assert web.lay_out(release, NAME, {"mlc": [listed]})
+
+
+def test_a_second_turn_reads_only_what_is_new(
+    phone: Any, folder: Path, runtime: MlcRuntime, tmp_path: Path
+) -> None:
+    """After an answer that ended by itself the cache is used, after one that was stopped all is read again;
+    both times the model has seen what the template writes."""
+    asked = [{"role": "user", "content": QUESTIONS[0]}]
+    prompt = runtime.chat_ids(asked, add_generation_prompt=True)
+    expected = generate_greedily(runtime, prompt, 24)
+    length = next(place for place in range(4, 24) if expected[place] not in expected[:place])
+    ending = Path(shutil.copytree(folder, tmp_path / folder.name))
+    settings = json.loads((ending / "mlc-chat-config.json").read_text())
+    (end_of_turn,) = ends = settings["conv_template"]["stop_token_ids"]
+    # The random model never ends a turn; one of the tokens that it writes will do it.
+    ends.append(expected[length])
+    (ending / "mlc-chat-config.json").write_text(json.dumps(settings))
+    release = tmp_path / "release"
+    lay_out(ending, release)
+    server = Server(release)
+    tab, _, _ = open_page(phone, server.origin)
+    load(tab, "MLC q4f32_1")
+
+    first = ask(tab, QUESTIONS[0])
+    assert first["tokenIds"] == expected[:length]
+    assert (first["stopped"], first["cachedTokens"], first["promptTokens"]) == (False, 0, len(prompt))
+
+    second = ask(tab, QUESTIONS[1])
+    asked += [{"role": "assistant", "content": first["text"]}, {"role": "user", "content": QUESTIONS[1]}]
+    two_turns = runtime.chat_ids(asked, add_generation_prompt=True)
+    new = two_turns[two_turns.index(end_of_turn, len(prompt)) :]
+    assert second["cachedTokens"] == len(prompt) + length
+    assert second["promptTokens"] == len(new)
+    assert tab.locator(".numbers").last.inner_text().count("from cache") == 1
+    assert_first(runtime, [*prompt, *first["tokenIds"], *new], second["tokenIds"])
+
+    assert second["stopped"]
+    third = ask(tab, QUESTIONS[0])
+    asked += [{"role": "assistant", "content": second["text"]}, {"role": "user", "content": QUESTIONS[0]}]
+    whole = runtime.chat_ids(asked, add_generation_prompt=True)
+    assert (third["cachedTokens"], third["promptTokens"]) == (0, len(whole))
+    assert_first(runtime, whole, third["tokenIds"])
+
+    # Measuring takes the cache for itself.
+    tab.tap("#new-chat")
+    ask(tab, QUESTIONS[0])
+    tab.locator("#check summary").tap()
+    tab.tap("#run-check")
+    tab.wait_for_selector("#check-state:text-matches('^Done|^Not')")
+    assert tab.inner_text("#check-state") == "Done"
+    again = ask(tab, QUESTIONS[1])
+    assert (again["cachedTokens"], again["promptTokens"]) == (0, len(two_turns))
+    assert_first(runtime, two_turns, again["tokenIds"])
+    server.lost()
+
+
+def test_the_page_chats_with_the_mlc_folder_and_offline(phone: Any, folder: Path, tmp_path: Path) -> None:
+    release = tmp_path / "release"
+    lay_out(folder, release)
     server = Server(release)
     tab, said, asked = open_page(phone, server.origin)
     load(tab, "MLC q4f32_1")
