@@ -95,10 +95,11 @@ def granite(tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
     return save(GraniteForCausalLM(config), tokenizer, folder)
 
 
-def gemma_tokenizer(text: str, pieces: str = r"\p{N}|▁*[^▁\p{N}]+|▁+") -> GemmaTokenizer:
+def gemma_tokenizer(text: str, pieces: str = r"\p{N}|▁*[^▁\p{N}]+|▁+", size: int = 0) -> GemmaTokenizer:
     """A tokenizer built like Gemma's (spaces as ▁, bytes to fall back on), trained here.
 
     ``pieces``: where no token goes across; as SentencePiece has it, a word with the spaces before it.
+    ``size``: tokens with those that are never used, of which Gemma has some, too.
     """
     trained = Tokenizer(models.BPE())
     trained.normalizer = normalizers.Replace(" ", "▁")
@@ -111,6 +112,7 @@ def gemma_tokenizer(text: str, pieces: str = r"\p{N}|▁*[^▁\p{N}]+|▁+") -> 
     names = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>"]
     names += [f"<0x{byte:02X}>" for byte in range(256)]
     names += sorted(model["vocab"], key=model["vocab"].get)
+    names += [f"<unused{number}>" for number in range(size - len(names))]
     tokenizer = GemmaTokenizer(
         vocab={name: number for number, name in enumerate(names)},
         merges=[tuple(pair) for pair in model["merges"]],
@@ -125,7 +127,7 @@ TOPICS = "\n".join(pydoc_data.topics.topics.values())[:400_000]
 
 def gemma3(tokenizer: PreTrainedTokenizerFast, folder: Path, **changes: Any) -> Path:
     """Norms that add one, scaled embeddings, layers with a window and a theta of their own."""
-    own = gemma_tokenizer(TOPICS)
+    own = gemma_tokenizer(TOPICS, size=changes.get("vocab_size", 0))
     values = SMALL | {
         "vocab_size": len(own) + 16,
         "num_hidden_layers": 7,
@@ -209,7 +211,7 @@ def test_the_runtime_computes_and_reads_what_transformers_does(
 def test_a_vocabulary_as_large_as_gemmas(
     tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, format: str
 ) -> None:
-    """262,144 rows, of which the tokenizer reaches the first; the others are no less part of the softmax."""
+    """262,144 tokens, most of which no text is made of; they are no less part of the softmax."""
     torch.manual_seed(6)
     model = gemma3(tiny_tokenizer, tmp_path / "model", vocab_size=262_144)
     reference = TorchRuntime(model)
