@@ -36,7 +36,8 @@ GGUF_BUDGET = 1.5 * 2**30
 EXPORTS = {
     "gguf": (
         "from export.gguf import export_gguf; "
-        "export_gguf(Path({model!r}), Path({output!r}), 'shape', {quantizations}, threads={threads})"
+        "export_gguf(Path({model!r}), Path({output!r}), 'shape', {quantizations}, "
+        "pre_tokenizer='smollm', threads={threads})"
     ),
     "mlc": (
         "from export.mlc import export_mlc; "

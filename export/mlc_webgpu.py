@@ -105,16 +105,20 @@ class GpuOperators(mlc_engine.Operators):
         return self.emit(compute, [x, self.parameters[name]], "rms_norm")
 
     def head_norm(self, x: relax.Var, prefix: str, width: int, count: Any) -> relax.Var:
-        """Queries and keys normalized head by head."""
+        """Queries and keys normalized head by head, values as they are.
+
+        Two kernels: TVM's rule for reductions takes what follows a sum to have the sum's own axes, but there
+        are more heads here than sums.
+        """
         a = self.a
         normalized = a.heads + a.key_value_heads
 
-        def compute(x: te.Tensor, q_weight: te.Tensor, k_weight: te.Tensor) -> te.Tensor:
-            heads = te.compute(
-                (x.shape[0], normalized, a.head_dim), lambda i, h, k: x[i, h * a.head_dim + k], name="heads"
-            )
-            scale = root_mean_square(heads, a.norm_epsilon)
+        def scale(x: te.Tensor) -> te.Tensor:
+            shape = (x.shape[0], normalized, a.head_dim)
+            heads = te.compute(shape, lambda i, h, k: x[i, h * a.head_dim + k], name="heads")
+            return root_mean_square(heads, a.norm_epsilon)
 
+        def compute(x: te.Tensor, scale: te.Tensor, q_weight: te.Tensor, k_weight: te.Tensor) -> te.Tensor:
             def element(i: Any, n: Any) -> Any:
                 head, k = n // a.head_dim, n % a.head_dim
                 weight = tirx.if_then_else(head < a.heads, q_weight[k], k_weight[k]).astype("float32")
@@ -123,7 +127,7 @@ class GpuOperators(mlc_engine.Operators):
             return te.compute(x.shape, element)
 
         norms = [self.parameters[f"{prefix}.{part}_norm.weight"] for part in "qk"]
-        return self.emit(compute, [x, *norms], "head_norm")
+        return self.emit(compute, [x, self.emit(scale, [x], "head_scale"), *norms], "head_norm")
 
     def embed(self, ids: relax.Var, tokens: Any) -> relax.Var:
         """Rows of the embedding."""
