@@ -6,12 +6,13 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Collection, Sequence
+from functools import cache
 from pathlib import Path
 
 from export.errors import ExportError
-from export.gguf import export_vocabulary
+from export.gguf import export_gguf, export_vocabulary
 from export.mlc import chat_config, check_libraries, read_architecture
-from export.onnx import export_tokenizer
+from export.onnx import export_onnx, export_tokenizer
 from export.quantizations import MLC
 from export.runtime import ChatReader
 from export.torch_runtime import TransformersReader
@@ -22,7 +23,7 @@ from pipeline.exports import FORMATS
 from pipeline.recipe import Recipe
 
 STAGE = "preflight"
-VERSION = 1
+VERSION = 2
 
 
 def run(store: Store, recipe: Recipe, student: Artifact) -> Artifact:
@@ -78,7 +79,8 @@ def problems(
     """What keeps formats from holding a model.
 
     The exporters check architecture, configuration and chat template, and write what there is to write
-    without weights; the runtimes' own tokenizers then read the fixed conversations from that.
+    without weights; the runtimes' own tokenizers then read the fixed conversations from that. Where the
+    rotary embedding is scaled, one small random layer is exported, too.
 
     Args:
         model_dir: Hugging Face folder.
@@ -94,11 +96,17 @@ def problems(
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as opened:
         folder = Path(temporary)
 
+        @cache
+        def small_model() -> Path | None:
+            return _with_one_small_layer(model_dir, folder / "small")
+
         def open_gguf() -> ChatReader:
             from export.llama_cpp_runtime import LlamaCppReader
 
             vocabulary = folder / "vocabulary.gguf"
             export_vocabulary(model_dir, vocabulary, pre_tokenizer=pre_tokenizer, log=log)
+            if (small := small_model()) is not None:
+                export_gguf(small, folder / "gguf", "small", ["f16"], pre_tokenizer=pre_tokenizer, log=log)
             reader = LlamaCppReader(vocabulary)
             opened.callback(reader.close)
             return reader
@@ -115,6 +123,8 @@ def problems(
             from export.onnx_runtime import GenaiTokenizer
 
             export_tokenizer(model_dir, folder)
+            if (small := small_model()) is not None:
+                export_onnx(small, folder / "onnx", "small", ["fp32"], log=log)
             return GenaiTokenizer(folder)
 
         try:
@@ -143,6 +153,26 @@ def problems(
                     f"transformers, first of number {differing}; {remedy}."
                 )
         return found
+
+
+def _with_one_small_layer(model_dir: Path, folder: Path) -> Path | None:
+    """A random checkpoint of the model's kind with one layer of one head, for what only an export of weights
+    tells: converters that pass a scaling of the rotary embedding over. None where there is no scaling."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(model_dir)
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("full_attention", rope).get("rope_type", "default") == "default":
+        return None
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    small = {"hidden_size": head_dim, "intermediate_size": 2 * head_dim, "head_dim": head_dim}
+    text.update(small | {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1})
+    if getattr(text, "layer_types", None):
+        text.layer_types = ["full_attention"]
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model_dir).save_pretrained(folder)
+    return folder
 
 
 def _expected_ids(model_dir: Path, chats: bool) -> ChatIds:

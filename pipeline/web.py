@@ -15,7 +15,12 @@ from pipeline.artifacts import sha256_of_file, sha256_of_json, write_json
 FOLDER = "web"
 SCHEMA = "martlet-web-1"
 BUILT = Path(__file__).parents[1] / "web" / "dist"
-ONNX_DTYPES = {"model.onnx": "fp32", "model_quantized.onnx": "q8", "model_q4.onnx": "q4"}
+ONNX_DTYPES = {
+    "model.onnx": "fp32",
+    "model_fp16.onnx": "fp16",
+    "model_quantized.onnx": "q8",
+    "model_q4.onnx": "q4",
+}
 """What transformers.js calls each graph of an ONNX folder."""
 MLC_FILES = ("mlc-chat-config.json", "tensor-cache.json", "params_shard_*.bin", "tokenizer.json")
 """What WebLLM reads of an MLC folder, beside the library."""

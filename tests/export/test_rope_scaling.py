@@ -1,5 +1,6 @@
 """Scaled rotary embeddings: each format computes them as transformers does, or refuses the model."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from export.mlc import export_mlc
 from export.onnx import export_onnx
 from export.runtime import Runtime, open_runtime
 from export.torch_runtime import TorchRuntime
+from pipeline import preflight
 
 KINDS: dict[str, dict[str, Any]] = {
     "llama3": {
@@ -89,6 +91,8 @@ def test_logits_are_the_models(
     plain = TorchRuntime(save(tmp_path / "plain", tiny_tokenizer, family, {"rope_type": "default"}))
     assert mean_kl(expected, plain) > 0.05, "without the scaling the model would be another one"
     assert mean_kl(expected, open_runtime(EXPORTS[format](model, tmp_path / "out"))) < 1e-4
+    if family == "llama":  # a Qwen2 reads SmolLM2's tokenizer otherwise, which preflight tells, too
+        assert preflight.problems(model, [format], pre_tokenizer="smollm") == []
 
 
 @pytest.mark.parametrize(
@@ -112,3 +116,6 @@ def test_a_scaling_that_a_format_passes_over_is_refused(
     with pytest.raises(ExportError, match=sentence):
         EXPORTS[format](model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    (problem,) = preflight.problems(model, [format], pre_tokenizer="smollm")
+    assert problem.startswith(f"export.{format}: ")
+    assert re.search(sentence, problem)

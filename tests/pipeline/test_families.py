@@ -1,9 +1,10 @@
-"""Families beside Llama and Qwen2: what each runtime computes and reads is what transformers does."""
+"""Families beside Llama: what each runtime computes and reads is what transformers does."""
 
 import json
 import pydoc_data.topics
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from transformers import (
     GraniteConfig,
     GraniteForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -64,6 +68,28 @@ def save(model: Any, tokenizer: Any, folder: Path) -> Path:
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def qwen2(tokenizer: PreTrainedTokenizerFast, folder: Path, tied: bool = True) -> Path:
+    """Biases of queries, keys and values; padded rows; Qwen2's own kind of tokenizer, trained here."""
+    letters = {letter: number for number, letter in enumerate(pre_tokenizers.ByteLevel.alphabet())}
+    untrained = Qwen2Tokenizer(vocab={"<|endoftext|>": len(letters), **letters}, merges=[])
+    own = untrained.train_new_from_iterator(TOPICS.splitlines(), 1500)
+    own.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    own.eos_token, own.chat_template = "<|im_end|>", tokenizer.chat_template
+    config = Qwen2Config(
+        **SMALL | {"eos_token_id": own.eos_token_id},
+        vocab_size=len(own) + 32,
+        num_hidden_layers=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+        tie_word_embeddings=tied,
+    )
+    model = Qwen2ForCausalLM(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("bias"):
+                weight.normal_(0, 0.5)
+    return save(model, own, folder)
 
 
 def qwen3(tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
@@ -144,7 +170,15 @@ def gemma3(tokenizer: PreTrainedTokenizerFast, folder: Path, **changes: Any) -> 
     return save(Gemma3ForCausalLM(Gemma3TextConfig(**{**values, **changes})), own, folder)
 
 
-FAMILIES: dict[str, Callable[..., Path]] = {"qwen3": qwen3, "gemma3": gemma3, "granite": granite}
+FAMILIES: dict[str, Callable[..., Path]] = {
+    "qwen2": qwen2,
+    "qwen2_untied": partial(qwen2, tied=False),
+    "qwen3": qwen3,
+    "gemma3": gemma3,
+    "granite": granite,
+}
+PRE_TOKENIZERS = {"qwen2": "qwen2", "qwen2_untied": "qwen2", "gemma3": None}
+"""Where it is not SmolLM2's."""
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +217,7 @@ LIMITS = {"gguf": 1e-4, "onnx": 1e-8, "mlc": 1e-3}
 @pytest.mark.parametrize(
     ("family", "format"),
     [
+        *((family, format) for family in ("qwen2", "qwen2_untied") for format in EXPORTS),
         ("qwen3", "gguf"),
         ("qwen3", "onnx"),
         ("qwen3", "mlc"),
@@ -196,7 +231,7 @@ LIMITS = {"gguf": 1e-4, "onnx": 1e-8, "mlc": 1e-3}
 def test_the_runtime_computes_and_reads_what_transformers_does(
     model_dirs: dict[str, Path], tmp_path: Path, family: str, format: str
 ) -> None:
-    pre_tokenizer = None if family == "gemma3" else "smollm"
+    pre_tokenizer = PRE_TOKENIZERS.get(family, "smollm")
     reference = TorchRuntime(model_dirs[family])
     runtime = open_runtime(EXPORTS[format](model_dirs[family], tmp_path / "out", pre_tokenizer))
     assert mean_kl(reference, runtime) < LIMITS[format]

@@ -1,4 +1,4 @@
-"""The JavaScript of an ONNX folder's card, with transformers.js as its package has it for browsers."""
+"""An ONNX folder in transformers.js as its package has it for browsers: the card's lines, token ids."""
 
 import json
 import re
@@ -10,9 +10,11 @@ import pytest
 from release_artifacts import example_artifacts, example_recipe, example_stage_times
 from static_server import Server
 
-from export.onnx import export_onnx
+from export.onnx import export_onnx, export_tokenizer
+from export.torch_runtime import TransformersReader
 from pipeline import cards, report
 from pipeline.artifacts import Store
+from pipeline.conversations import fixed_conversations, reference_chat_ids
 
 CHROMIUM = Path("/usr/bin/chromium")
 MODULES = Path(__file__).parents[2] / "web" / "node_modules"
@@ -67,3 +69,33 @@ def test_the_lines_of_the_model_card(
         raise AssertionError("\n".join([str(error), *said, *asked])) from error
     assert tab.evaluate("window.told").strip(), said
     assert all(address.startswith((tab.url, "blob:")) for address in asked), asked
+
+
+READ = """async ([folder, conversations, prompts]) => {
+  const { AutoTokenizer, env } = await import("@huggingface/transformers");
+  env.allowLocalModels = true;
+  env.allowRemoteModels = false;
+  env.localModelPath = "models/";
+  const tokenizer = await AutoTokenizer.from_pretrained(folder);
+  const settings = { return_tensor: false, return_dict: false };
+  return prompts.map((add_generation_prompt) => conversations.map((messages) => {
+    try {
+      return tokenizer.apply_chat_template(messages, { ...settings, add_generation_prompt });
+    } catch (error) {
+      return String(error);
+    }
+  }));
+}"""
+
+
+def test_conversations_have_the_token_ids_of_transformers(
+    tab: Any, writing_model_dir: Path, tmp_path: Path
+) -> None:
+    """The 300 fixed ones, rendered and tokenized by transformers.js from the exported folder alone."""
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    export_tokenizer(writing_model_dir, tmp_path / "models" / "tiny")
+    expected = reference_chat_ids(TransformersReader(writing_model_dir))
+    found = tab.evaluate(READ, ["tiny", fixed_conversations(), [False, True]])
+    for prompt, read in zip((False, True), found, strict=True):
+        for number, (ours, theirs) in enumerate(zip(expected[str(prompt)], read, strict=True)):
+            assert ours is None or ours == theirs, f"conversation {number}"
