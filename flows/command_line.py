@@ -252,16 +252,35 @@ def export(
 
 @app.command()
 def validate(
-    release: Annotated[Path, typer.Argument(help="Release folder.")] = Path("release"),
+    release: Annotated[
+        Path | None, typer.Argument(help="Release folder; release if left out.", show_default=False)
+    ] = None,
+    store: Annotated[Path | None, typer.Option(help="A store, to check in place of a release.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check every file of a release against its manifest.
+    """Check every file of a release against its manifest, or every file of a store.
 
     Example: martlet validate release
     """
-    from pipeline.release import verify
+    if store is None:
+        from pipeline.release import verify
 
-    tell_problems(release, verify(release), "every file is", as_json)
+        release = release or Path("release")
+        tell_problems(release, verify(release), "every file is", as_json)
+        return
+    if release is not None:
+        raise UserError("--store: is checked alone; leave the release out, or check it by itself.")
+    from pipeline.inventory import problems
+
+    found = problems(store)
+    if as_json:
+        print(json.dumps({"store": str(store), "problems": found}))
+    elif found:
+        print("\n".join(f"{problem}." for problem in found))
+    if found:
+        raise GateFailed(f"{store}: {len(found)} damaged; the next run makes what it needs of it anew.")
+    if not as_json:
+        print(f"{store}: every file is as it was written.")
 
 
 @app.command()

@@ -195,8 +195,14 @@ def forget_release(store: Path, release: Path) -> None:
 
 
 def problems(store: Path) -> list[str]:
-    """A sentence for each artifact that is damaged; the next run that needs it makes it anew."""
-    return [problem for entry in entries(store) if (problem := damage(entry.path)) is not None]
+    """A sentence for each artifact that is damaged, which the next run that needs it makes anew, and for each
+    damaged record of a release.
+
+    Raises:
+        UserError: there is no store.
+    """
+    found = [problem for entry in entries(store) if (problem := damage(entry.path)) is not None]
+    return found + [f"{path} is damaged" for path, record in _records(store) if not record]
 
 
 def _records(store: Path) -> Iterator[tuple[Path, dict[str, Any]]]:

@@ -1,5 +1,6 @@
 """A store is listed, explained and pruned, and keeps what a release needs."""
 
+import json
 import os
 import threading
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from flows.command_line import app, run
 from pipeline.artifacts import Artifact, Store, damage
 from pipeline.errors import UserError
 from pipeline.inventory import entries, explain, find, forget_release, problems, prunable, prune
@@ -134,3 +136,41 @@ def test_what_a_run_holds_locked_stays(store: Store) -> None:
     thread.join()
     assert prune(store.root, chosen) > 0
     assert not artifact.path.exists()
+
+
+def test_a_store_is_validated_by_the_command(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = (add(store, "distill", learning_rate=rate) for rate in (1, 2))
+    store.keep_for(tmp_path / "release", [first])
+    command = ["validate", "--store", str(store.root)]
+
+    def validate(*options: str) -> tuple[int, str, str]:
+        code = run(lambda: app([*command, *options], standalone_mode=False))
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    assert validate() == (0, f"{store.root}: every file is as it was written.\n", "")
+    assert json.loads(validate("--json")[1]) == {"store": str(store.root), "problems": []}
+
+    flip(first.path / "data.bin")
+    (second.path / "artifact.json").unlink()
+    (record,) = (store.root / "releases").iterdir()
+    flip(record)
+    code, out, err = validate()
+    assert code == 1
+    assert err == f"martlet: {store.root}: 3 damaged; the next run makes what it needs of it anew.\n"
+    assert set(out.splitlines()) == {
+        f"{first.path / 'data.bin'} is damaged (its SHA-256 is not the recorded one).",
+        f"{second.path / 'artifact.json'} is missing or damaged.",
+        f"{record} is damaged.",
+    }
+    code, out, _ = validate("--json")
+    assert (code, len(json.loads(out)["problems"])) == (1, 3)
+
+
+def flip(path: Path) -> None:
+    """Flips the lowest bit of a file's middle byte."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
