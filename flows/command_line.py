@@ -180,14 +180,15 @@ def compare(
     """
     plan = check_recipe_file(recipe)
     from pipeline import compare as study
-    from pipeline.artifacts import Store
+    from pipeline.artifacts import Store, in_use
 
     names = study.OBJECTIVES if objectives == "all" else [name for name in objectives.split(",") if name]
     entries = study.contenders(plan, [name.strip() for name in names], schedule or [], tokens)
     if release is not None:
         study.require_same_start(plan, release)
     numbers = whole_numbers("--seeds", seeds)
-    facts = study.run(Store(store, report=progress_line), plan, entries, numbers, tokens)
+    with in_use(store):
+        facts = study.run(Store(store, report=progress_line), plan, entries, numbers, tokens)
     files = study.write(facts, output)
     if release is not None:
         study.show_in_report(facts, release)

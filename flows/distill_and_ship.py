@@ -46,7 +46,7 @@ from pipeline import (
     validate,
 )
 from pipeline import release as release_stage
-from pipeline.artifacts import Artifact, Store
+from pipeline.artifacts import Artifact, Store, in_use
 from pipeline.check import check_recipe
 from pipeline.errors import GateFailed, Unreachable, UserError
 from pipeline.progress import Progress
@@ -230,7 +230,8 @@ def distill_and_ship(
         GateFailed: an exported file is no longer the model.
     """
     if not recipes:
-        return ship(Path(recipe), Path(store), Path(release))
+        with in_use(Path(store)):
+            return ship(Path(recipe), Path(store), Path(release))
     paths = [Path(each) for each in recipes]
     plans = [load_recipe(path) for path in paths]
     for plan, path in zip(plans, paths, strict=True):
@@ -243,7 +244,8 @@ def distill_and_ship(
     done, failures = [], []
     for plan, path in zip(plans, paths, strict=True):
         try:
-            done.append(ship(path, Path(store), Path(release) / plan.name))
+            with in_use(Path(store)):
+                done.append(ship(path, Path(store), Path(release) / plan.name))
         except (UserError, GateFailed) as error:
             failures.append(error)
             logger.warning(f"warning: {path}: {error}", extra={"stage": "", "state": None})

@@ -23,6 +23,7 @@ from export.processes import run_logged
 from flows import distill_and_ship
 from flows.distill_and_ship import logging_children, stage_names
 from pipeline.errors import GateFailed, Unreachable, UserError
+from pipeline.inventory import unused
 from pipeline.recipe import load_recipe
 
 SECRET = "hf_notToBeSeenAnywhere"
@@ -184,6 +185,27 @@ def test_several_recipes_share_a_store_and_end_in_one_comparison(
     code, _, err = martlet("ship", paths[0], paths[0], *places)
     assert code == 2
     assert "two of the recipes have the same name" in err
+
+
+def test_a_run_keeps_its_store_from_being_pruned(
+    tiny_recipe: dict[str, Any],
+    write_recipe: Callable[[dict[str, Any]], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store, release = tmp_path / "store", tmp_path / "release"
+
+    def ship(*_: Any) -> dict[str, Any]:
+        with pytest.raises(UserError, match="a run is using this store"), unused(store):
+            pass
+        return {"release": str(release)}
+
+    monkeypatch.setattr(distill_and_ship, "ship", ship)
+    recipe = str(write_recipe(tiny_recipe))
+    for several in (None, [recipe]):
+        distill_and_ship.distill_and_ship.fn(recipe, str(store), str(release), several)
+    with unused(store):
+        pass
 
 
 def test_a_hub_that_does_not_answer_is_asked_again(

@@ -3,15 +3,16 @@
 import json
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flows.command_line import app, run
-from pipeline.artifacts import Artifact, Store, damage
+from pipeline.artifacts import Artifact, Store, damage, in_use
 from pipeline.errors import UserError
-from pipeline.inventory import entries, explain, find, forget_release, problems, prunable, prune
+from pipeline.inventory import entries, explain, find, forget_release, problems, prunable, prune, unused
 
 NOW = 1_700_000_000.0
 DAY = 86_400.0
@@ -35,6 +36,13 @@ def add(
     os.utime(artifact.path / "artifact.json", (used, used))
     os.utime(artifact.path, (used, used))
     return artifact
+
+
+def flip(path: Path) -> None:
+    """Flips the lowest bit of a file's middle byte."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
 def test_listing(store: Store) -> None:
@@ -169,8 +177,57 @@ def test_a_store_is_validated_by_the_command(
     assert (code, len(json.loads(out)["problems"])) == (1, 3)
 
 
-def flip(path: Path) -> None:
-    """Flips the lowest bit of a file's middle byte."""
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+def test_nothing_is_pruned_while_a_run_uses_the_store(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A first run makes one artifact from another before any release needs either."""
+    command = ["store", "prune", "--store", str(store.root), "--keep", "0"]
+    seen: list[tuple[int, str]] = []
+
+    def prune_with(*options: str) -> int:
+        return run(lambda: app([*command, *options], standalone_mode=False))
+
+    def make(output: Path, work: Path) -> None:
+        for options in ([], ["--yes"]):
+            seen.append((prune_with(*options), capsys.readouterr().err))
+        (output / "data.bin").write_bytes((teacher.path / "data.bin").read_bytes())
+
+    with in_use(store.root), in_use(store.root):
+        teacher = add(store, "teacher", days=90)
+        store.get_or_make("distill", 1, {}, {"teacher": teacher}, make)
+    refusal = f"martlet: {store.root}: a run is using this store; prune when it has ended, or end it.\n"
+    assert seen == [(0, ""), (2, refusal)]
+    assert prune_with("--yes") == 0
+    assert entries(store.root) == []
+
+
+def test_a_run_waits_for_pruning(store: Store) -> None:
+    add(store, "teacher")
+    entered = threading.Event()
+
+    def use() -> None:
+        with in_use(store.root):
+            entered.set()
+
+    thread = threading.Thread(target=use)
+    with unused(store.root):
+        thread.start()
+        assert not entered.wait(0.3)
+    thread.join(10)
+    assert entered.is_set()
+
+
+@pytest.mark.parametrize("harm", [flip, Path.unlink])
+def test_inputs_behind_a_damaged_manifest_are_not_pruned(
+    store: Store, tmp_path: Path, harm: Callable[[Path], None]
+) -> None:
+    teacher = add(store, "teacher", days=90)
+    student = add(store, "student", days=90, inputs={"teacher": teacher})
+    store.keep_for(tmp_path / "release", [student])
+    harm(student.path / "artifact.json")
+    with pytest.raises(
+        UserError, match=r"student/\w+/artifact\.json: is missing or damaged, so what .*release"
+    ):
+        prunable(store.root, keep_bytes=0)
+    add(store, "student", days=90, inputs={"teacher": teacher})
+    assert prunable(store.root, keep_bytes=0) == []
