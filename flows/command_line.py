@@ -410,7 +410,7 @@ def publish(
 
     if to not in ("hub", "folder"):
         raise UserError(f"--to: there is no {to!r}; choose hub or folder.")
-    if to == "hub" and namespace is None:
+    if to == "hub" and namespace is None and yes:
         raise UserError("--namespace is missing; give your name or an organization's on the hub.")
     if to == "folder" and folder is None:
         raise UserError("--folder is missing; say where the repositories go.")
