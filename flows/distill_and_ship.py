@@ -26,6 +26,7 @@ from prefect.exceptions import MissingContextError
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from export import processes
+from export.errors import ExportError
 from flows.interrupts import ending_children
 from pipeline import (
     bench,
@@ -51,6 +52,7 @@ from pipeline.check import check_recipe
 from pipeline.errors import GateFailed, Unreachable, UserError
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe, load_recipe
+from taid import TaidError
 
 FLOW_NAME = "distill-and-ship"
 DEFAULT_RECIPE = "recipes/smollm2-135m-to-99m.yaml"
@@ -246,7 +248,7 @@ def distill_and_ship(
         try:
             with in_use(Path(store)):
                 done.append(ship(path, Path(store), Path(release) / plan.name))
-        except (UserError, GateFailed) as error:
+        except (UserError, ExportError, TaidError, GateFailed) as error:
             failures.append(error)
             logger.warning(f"warning: {path}: {error}", extra={"stage": "", "state": None})
     comparison = None
