@@ -193,7 +193,7 @@ def _records(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Any]]
             groups = (file.metadata.row_group(place) for place in range(file.num_row_groups))
             if (largest := max((each.total_byte_size for each in groups), default=0)) > LARGEST_ROW_GROUP:
                 raise UserError(
-                    f"{path}: has a row group of {largest} bytes uncompressed; write it with row groups of at "
+                    f"{path}: has a row group of {largest} bytes uncompressed; write it with ones of at "
                     f"most {LARGEST_ROW_GROUP}."
                 )
             for batch in file.iter_batches(batch_size=1024):
