@@ -20,7 +20,10 @@ from taid import AdaptiveInterpolation
 
 ROOT = Path(__file__).parents[1]
 MODULES = {
-    "taid": ("objectives", "schedule", "fused", "teacher", "student", "trainer", "generated", "vocabulary"),
+    "taid": (
+        *("objectives", "schedule", "fused", "teacher", "sampled", "student", "trainer", "checkpoints"),
+        *("generated", "vocabulary", "errors"),
+    ),
     "export": ("gguf", "mlc", "onnx", "ollama", "quantizations", "tensors", "runtime", "errors"),
 }
 

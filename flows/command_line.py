@@ -180,14 +180,15 @@ def compare(
     """
     plan = check_recipe_file(recipe)
     from pipeline import compare as study
-    from pipeline.artifacts import Store
+    from pipeline.artifacts import Store, in_use
 
     names = study.OBJECTIVES if objectives == "all" else [name for name in objectives.split(",") if name]
     entries = study.contenders(plan, [name.strip() for name in names], schedule or [], tokens)
     if release is not None:
         study.require_same_start(plan, release)
     numbers = whole_numbers("--seeds", seeds)
-    facts = study.run(Store(store, report=progress_line), plan, entries, numbers, tokens)
+    with in_use(store):
+        facts = study.run(Store(store, report=progress_line), plan, entries, numbers, tokens)
     files = study.write(facts, output)
     if release is not None:
         study.show_in_report(facts, release)
@@ -252,16 +253,35 @@ def export(
 
 @app.command()
 def validate(
-    release: Annotated[Path, typer.Argument(help="Release folder.")] = Path("release"),
+    release: Annotated[
+        Path | None, typer.Argument(help="Release folder; release if left out.", show_default=False)
+    ] = None,
+    store: Annotated[Path | None, typer.Option(help="A store, to check in place of a release.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check every file of a release against its manifest.
+    """Check every file of a release against its manifest, or every file of a store.
 
     Example: martlet validate release
     """
-    from pipeline.release import verify
+    if store is None:
+        from pipeline.release import verify
 
-    tell_problems(release, verify(release), "every file is", as_json)
+        release = release or Path("release")
+        tell_problems(release, verify(release), "every file is", as_json)
+        return
+    if release is not None:
+        raise UserError("--store: is checked alone; leave the release out, or check it by itself.")
+    from pipeline.inventory import problems
+
+    found = problems(store)
+    if as_json:
+        print(json.dumps({"store": str(store), "problems": found}))
+    elif found:
+        print("\n".join(f"{problem}." for problem in found))
+    if found:
+        raise GateFailed(f"{store}: {len(found)} damaged; the next run makes what it needs of it anew.")
+    if not as_json:
+        print(f"{store}: every file is as it was written.")
 
 
 @app.command()
@@ -390,7 +410,7 @@ def publish(
 
     if to not in ("hub", "folder"):
         raise UserError(f"--to: there is no {to!r}; choose hub or folder.")
-    if to == "hub" and namespace is None:
+    if to == "hub" and namespace is None and yes:
         raise UserError("--namespace is missing; give your name or an organization's on the hub.")
     if to == "folder" and folder is None:
         raise UserError("--folder is missing; say where the repositories go.")

@@ -26,6 +26,7 @@ from prefect.exceptions import MissingContextError
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from export import processes
+from export.errors import ExportError
 from flows.interrupts import ending_children
 from pipeline import (
     bench,
@@ -46,11 +47,12 @@ from pipeline import (
     validate,
 )
 from pipeline import release as release_stage
-from pipeline.artifacts import Artifact, Store
+from pipeline.artifacts import Artifact, Store, in_use
 from pipeline.check import check_recipe
 from pipeline.errors import GateFailed, Unreachable, UserError
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe, load_recipe
+from taid import TaidError
 
 FLOW_NAME = "distill-and-ship"
 DEFAULT_RECIPE = "recipes/smollm2-135m-to-99m.yaml"
@@ -230,7 +232,8 @@ def distill_and_ship(
         GateFailed: an exported file is no longer the model.
     """
     if not recipes:
-        return ship(Path(recipe), Path(store), Path(release))
+        with in_use(Path(store)):
+            return ship(Path(recipe), Path(store), Path(release))
     paths = [Path(each) for each in recipes]
     plans = [load_recipe(path) for path in paths]
     for plan, path in zip(plans, paths, strict=True):
@@ -243,8 +246,9 @@ def distill_and_ship(
     done, failures = [], []
     for plan, path in zip(plans, paths, strict=True):
         try:
-            done.append(ship(path, Path(store), Path(release) / plan.name))
-        except (UserError, GateFailed) as error:
+            with in_use(Path(store)):
+                done.append(ship(path, Path(store), Path(release) / plan.name))
+        except (UserError, ExportError, TaidError, GateFailed) as error:
             failures.append(error)
             logger.warning(f"warning: {path}: {error}", extra={"stage": "", "state": None})
     comparison = None

@@ -42,10 +42,17 @@ def install(logger: logging.Logger) -> bool:
         return True
 
     @functools.wraps(original)
-    async def read_deployment_by_name(self: Any, name: str) -> Any:
+    async def read_deployment_by_name(self: Any, name: str, **keywords: Any) -> Any:
         if "/" not in name:
-            name = await complete_name(self, name)
-        return await original(self, name)
+            try:
+                name = await complete_name(self, name)
+            except Exception:  # whatever another Prefect, or a server that is away, answers
+                logger.warning(
+                    "The bare name %r could not be completed; use `prefect deployment run %s`.",
+                    name,
+                    CANONICAL_NAME,
+                )
+        return await original(self, name, **keywords)
 
     read_deployment_by_name.completes_bare_names = True  # type: ignore[attr-defined]
     DeploymentAsyncClient.read_deployment_by_name = read_deployment_by_name  # type: ignore[method-assign]

@@ -1,5 +1,6 @@
 """``martlet store``: what a store holds, why something was computed again, and what may go."""
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -90,16 +91,17 @@ def prune(
 
     Example: martlet store prune --older-than 30
     """
-    from pipeline.inventory import SHOWN, forget_release, prunable
+    from pipeline.inventory import SHOWN, forget_release, prunable, unused
     from pipeline.inventory import prune as remove
 
     if older_than is None and keep is None:
         raise UserError("martlet store prune: say what may go: --older-than DAYS, --keep GIGABYTES, or both.")
-    if forget is not None:
-        forget_release(store, forget)
-    age = None if older_than is None else older_than * DAY
-    chosen = prunable(store, age, None if keep is None else int(keep * 1e9))
-    freed = remove(store, chosen) if yes else sum(entry.bytes for entry in chosen)
+    with unused(store) if yes else contextlib.nullcontext():
+        if forget is not None:
+            forget_release(store, forget)
+        age = None if older_than is None else older_than * DAY
+        chosen = prunable(store, age, None if keep is None else int(keep * 1e9))
+        freed = remove(store, chosen) if yes else sum(entry.bytes for entry in chosen)
     if as_json:
         names = [f"{entry.stage}/{entry.key}" for entry in chosen]
         print(json.dumps({"removed": yes, "bytes": freed, "artifacts": names}))

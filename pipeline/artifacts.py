@@ -33,6 +33,8 @@ RELEASES = "releases"
 """Folder of a store that says which artifacts releases were laid out from."""
 RELEASE_KEYS = ("release", "artifacts")
 """Keys of such a record."""
+IN_USE = "in-use.lock"
+"""File of a store that runs hold locked together, and pruning alone."""
 LONGEST_NAME, LONGEST_PATH = 255, 1024
 """Bytes of a file's name and characters of its path in an artifact or a release."""
 RECORDED_PACKAGES = (
@@ -152,6 +154,23 @@ def locked(path: Path, waiting: str, report: Callable[[str], None]) -> Iterator[
         except BlockingIOError:
             report(waiting)
             fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def in_use(store: Path) -> Iterator[None]:
+    """While it lasts, a run uses a store: nothing is pruned from it. Several runs may use one.
+
+    Raises:
+        UserError: the store cannot be written.
+    """
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        lock = (store / IN_USE).open("w")
+    except OSError as error:
+        raise UserError(f"{store.resolve()}: the store cannot be written ({error.strerror}).") from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
         yield
 
 

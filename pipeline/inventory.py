@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import (
+    IN_USE,
     MANIFEST,
     RELEASE_KEYS,
     RELEASES,
@@ -60,8 +61,7 @@ def entries(store: Path) -> list[Entry]:
     Raises:
         UserError: there is no store.
     """
-    if not store.is_dir():
-        raise UserError(f"{store}: no such store; give the folder that `martlet ship --store` wrote.")
+    _require(store)
     manifests = {
         path: read_manifest(path) or {} for path in store.glob("*/*") if len(path.name) == KEY_LENGTH
     }
@@ -145,6 +145,12 @@ def prunable(
                 "writes the file anew, or remove the file."
             )
     everything = entries(store)
+    for entry in everything:
+        if entry.needed_by and not entry.manifest:
+            raise UserError(
+                f"{entry.path / MANIFEST}: is missing or damaged, so what {entry.needed_by[0]} needs is not "
+                "known; ship that release again, which makes it anew, or give --forget."
+            )
     free = sorted((e for e in everything if not e.needed_by), key=lambda entry: entry.used)
     chosen = [e for e in free if older_than is not None and now - e.used > older_than]
     if keep_bytes is not None:
@@ -158,8 +164,26 @@ def prunable(
     return chosen
 
 
+@contextlib.contextmanager
+def unused(store: Path) -> Iterator[None]:
+    """Keeps runs from a store while it lasts, so that what was found to be free stays so until it is removed.
+
+    Raises:
+        UserError: there is no store, or a run uses it.
+    """
+    _require(store)
+    with (store / IN_USE).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{store}: a run is using this store; prune when it has ended, or end it."
+            ) from None
+        yield
+
+
 def prune(store: Path, chosen: Iterable[Entry]) -> int:
-    """Removes artifacts, except those that a run holds locked this moment.
+    """Removes artifacts, except those that are being made this moment. Call it within ``unused``.
 
     Returns:
         Bytes that were freed.
@@ -195,8 +219,20 @@ def forget_release(store: Path, release: Path) -> None:
 
 
 def problems(store: Path) -> list[str]:
-    """A sentence for each artifact that is damaged; the next run that needs it makes it anew."""
-    return [problem for entry in entries(store) if (problem := damage(entry.path)) is not None]
+    """A sentence for each artifact that is damaged, which the next run that needs it makes anew, and for each
+    damaged record of a release.
+
+    Raises:
+        UserError: there is no store.
+    """
+    found = [problem for entry in entries(store) if (problem := damage(entry.path)) is not None]
+    return found + [f"{path} is damaged" for path, record in _records(store) if not record]
+
+
+def _require(store: Path) -> None:
+    """Says so where there is no store."""
+    if not store.is_dir():
+        raise UserError(f"{store}: no such store; give the folder that `martlet ship --store` wrote.")
 
 
 def _records(store: Path) -> Iterator[tuple[Path, dict[str, Any]]]:

@@ -100,9 +100,9 @@ def launch_training(
         finally:
             clock.cancel()
             end(child)
-    with log.open("rb") as said:
-        said.seek(start)
-        finished = Finished(status, said.read().decode(errors="replace"), log)
+    with log.open("rb") as written:
+        written.seek(start)
+        finished = Finished(status, written.read().decode(errors="replace"), log)
     tell_log(finished, ["torchrun", *arguments])
     if status == 0:
         return

@@ -72,7 +72,8 @@ def to_hub(
     report: Callable[[str], None],
     endpoint: str | None = None,
 ) -> list[str]:
-    """Uploads each repository in one commit. What an interrupted upload has brought over is not sent again,
+    """Uploads each repository in one commit, which removes what it held besides, such as a quantization that
+    was dropped. What an interrupted upload has brought over is not sent again,
     and a repository that holds the same files already gets no commit.
 
     Args:
@@ -105,6 +106,7 @@ def to_hub(
                 repo_id=repository.name,
                 folder_path=repository.folder,
                 commit_message=f"{repository.folder.name}, made by martlet",
+                delete_patterns="*",  # of what is there and not in the folder
             )
         except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
             raise UserError(

@@ -7,6 +7,7 @@ import json
 import platform
 import sysconfig
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 CHAT_SUFFIXES = (".jsonl", ".parquet")
 PART_CHARACTERS = 8192
 """A plain text file longer than this is cut into documents of about this length, at blank lines."""
+LONGEST_LINE = 2**26
+"""Bytes of a line of JSON Lines."""
+LARGEST_ROW_GROUP = 2**30
+"""Bytes of a row group of Parquet, uncompressed: some kilobytes of a file can be gigabytes."""
 SHUFFLE_BUFFER = 10_000
 """Rows among which a streamed data set is shuffled."""
 
@@ -184,10 +189,19 @@ def _records(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Any]]
     if path.suffix == ".parquet":
         try:
             number = 0
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
+            file = pyarrow.parquet.ParquetFile(path)
+            groups = (file.metadata.row_group(place) for place in range(file.num_row_groups))
+            if (largest := max((each.total_byte_size for each in groups), default=0)) > LARGEST_ROW_GROUP:
+                raise UserError(
+                    f"{path}: has a row group of {largest} bytes uncompressed; write it with ones of at "
+                    f"most {LARGEST_ROW_GROUP}."
+                )
+            for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}, record {number}", row
+        except UserError:
+            raise
         except FileNotFoundError:
             raise UserError(f"{path}: no such file.") from None
         except (OSError, pyarrow.ArrowException, ValueError, OverflowError) as error:
@@ -197,13 +211,19 @@ def _records(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Any]]
         number = 0
         try:
             # As bytes: text lines would also end at the other line separators that JSON strings may hold.
-            with path.open("rb") as file:
-                for number, line in enumerate(file, start=1):
+            with path.open("rb") as lines:
+                for number, line in enumerate(iter(partial(lines.readline, LONGEST_LINE + 1), b""), start=1):
+                    if len(line) > LONGEST_LINE:
+                        raise UserError(
+                            f"{path}, line {number}: is longer than {LONGEST_LINE} bytes; split it."
+                        )
                     line = line.removeprefix(codecs.BOM_UTF8).strip()
                     if line:
                         yield f"{path}, line {number}", json.loads(line)
         except FileNotFoundError:
             raise UserError(f"{path}: no such file.") from None
+        except UserError:
+            raise
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
         except (ValueError, RecursionError) as error:

@@ -568,6 +568,64 @@ TABLE = (
         "{here}/x.gguf: its header goes beyond its end; it is truncated or damaged.",
         files=(("x.gguf", "GGUF\x03\x00\x00\x00"),),
     ),
+    line(
+        "publish {here}", "{here}/manifest.json: is missing or no manifest of martlet; give a release folder."
+    ),
+    line("publish {here} --to ftp", "--to: there is no 'ftp'; choose hub or folder."),
+    line("publish {here} --yes", "--namespace is missing; give your name or an organization's on the hub."),
+    line("publish {here} --to folder", "--folder is missing; say where the repositories go."),
+    line(
+        "choose {here}",
+        "{here}/report.json: is missing or no report of martlet (...); give a release folder.",
+    ),
+    line(
+        "choose {here} --max-size big",
+        "--max-size: 'big' is no size; write bytes, or a number with kB, MB, GB, MiB or GiB.",
+    ),
+    line("phone {here}", "{here}: is no release of martlet; give a release folder."),
+    line(
+        "phone {here} --lan --adb",
+        "--lan, --browser, --adb: are three ways to run the files; give one of them.",
+    ),
+    line("phone {here} --file x", "--file: is for --browser and --adb; the page itself offers every file."),
+    line(
+        "phone {here} --adb",
+        "{here}/manifest.json: is missing or no manifest of martlet; give a release folder.",
+    ),
+    line(
+        "evaluate {here}/nowhere.gguf",
+        "{here}/nowhere.gguf: no such file or folder; give a model file or a release folder.",
+    ),
+    line(
+        "evaluate {here}/text.txt",
+        "{here}/text.txt: no model here; give a .gguf file, an .onnx file, an MLC folder or a Hugging Face folder.",
+    ),
+    line("compare {here}/nowhere.yaml", "{here}/nowhere.yaml: no such recipe; give the path of a YAML file."),
+    line(
+        "compare recipes/smoke.yaml --objectives hope", "--objectives: there is no 'hope'; choose from ...."
+    ),
+    line(
+        "compare recipes/smoke.yaml --objectives taid,taid",
+        "--objectives, --schedule: an entry is listed twice.",
+    ),
+    line("compare recipes/smoke.yaml --objectives ,", "--objectives: name at least one."),
+    line(
+        "compare recipes/smoke.yaml --seeds a",
+        "--seeds: 'a' is no list of different whole numbers such as 0,1,2.",
+    ),
+    line("compare recipes/smoke.yaml --schedule x", "--schedule x: 'x' is not KEY=VALUE with a key of ...."),
+    line("plan {here}/nowhere.yaml", "{here}/nowhere.yaml: no such recipe; give the path of a YAML file."),
+    line("plan --devices 0", "--devices: 0 devices run nothing; give 1 or more."),
+    line("plan --precision fp8", "--precision: there is no 'fp8'; choose bf16 or fp32."),
+    line("plan --tflops 0", "--tflops: 0.0 is no throughput; give a number above 0."),
+    line(
+        "validate {here} --store {here}",
+        "--store: is checked alone; leave the release out, or check it by itself.",
+    ),
+    line(
+        "validate --store {here}/nowhere",
+        "{here}/nowhere: no such store; give the folder that `martlet ship --store` wrote.",
+    ),
 )
 
 

@@ -19,11 +19,14 @@ import yaml
 from prefect import flow, task
 from prefect.client.schemas.sorting import ArtifactSort
 
+from export.errors import ExportError
 from export.processes import run_logged
 from flows import distill_and_ship
 from flows.distill_and_ship import logging_children, stage_names
 from pipeline.errors import GateFailed, Unreachable, UserError
+from pipeline.inventory import unused
 from pipeline.recipe import load_recipe
+from taid import TaidError
 
 SECRET = "hf_notToBeSeenAnywhere"
 
@@ -184,6 +187,48 @@ def test_several_recipes_share_a_store_and_end_in_one_comparison(
     code, _, err = martlet("ship", paths[0], paths[0], *places)
     assert code == 2
     assert "two of the recipes have the same name" in err
+
+
+@pytest.mark.parametrize("kind", [UserError, ExportError, TaidError, GateFailed])
+def test_a_recipe_that_fails_does_not_stop_the_next(
+    kind: type[Exception], tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped: list[str] = []
+
+    def ship(recipe: Path, store: Path, release: Path) -> dict[str, Any]:
+        if release.name == "Tiny":
+            raise kind("This one cannot be.")
+        shipped.append(release.name)
+        return {"release": str(release)}
+
+    monkeypatch.setattr(distill_and_ship, "ship", ship)
+    paths = [str(tmp_path / "first.yaml"), str(tmp_path / "second.yaml")]
+    for path, name in zip(paths, ("Tiny", "Other"), strict=True):
+        Path(path).write_text(yaml.safe_dump(tiny_recipe | {"name": name}), encoding="utf-8")
+    with pytest.raises(kind, match=r"^This one cannot be\. \(1 of 2 recipes failed\.\)$"):
+        distill_and_ship.distill_and_ship.fn(paths[0], str(tmp_path / "store"), str(tmp_path / "r"), paths)
+    assert shipped == ["Other"]
+
+
+def test_a_run_keeps_its_store_from_being_pruned(
+    tiny_recipe: dict[str, Any],
+    write_recipe: Callable[[dict[str, Any]], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store, release = tmp_path / "store", tmp_path / "release"
+
+    def ship(*_: Any) -> dict[str, Any]:
+        with pytest.raises(UserError, match="a run is using this store"), unused(store):
+            pass
+        return {"release": str(release)}
+
+    monkeypatch.setattr(distill_and_ship, "ship", ship)
+    recipe = str(write_recipe(tiny_recipe))
+    for several in (None, [recipe]):
+        distill_and_ship.distill_and_ship.fn(recipe, str(store), str(release), several)
+    with unused(store):
+        pass
 
 
 def test_a_hub_that_does_not_answer_is_asked_again(

@@ -13,6 +13,7 @@ import typer
 import yaml
 from pydantic import BaseModel
 
+import taid
 from export.converter import SOURCE_SHA256
 from flows.command_line import app
 from pipeline.recipe import Recipe, load_recipe
@@ -150,12 +151,21 @@ def test_links_of_the_pages_lead_somewhere(page: Path) -> None:
         assert path.exists() or path.parent.name in generated, target
 
 
+def test_the_reference_has_every_public_name_of_taid() -> None:
+    modules = (ROOT / "docs" / "generate.py").read_text(encoding="utf-8").partition("}\n")[0]
+    listed = re.findall(r'"(\w+)"', modules.partition('"taid": (')[2].partition('"export"')[0])
+    sources = "".join((ROOT / "taid" / f"{name}.py").read_text(encoding="utf-8") for name in listed)
+    defined = set(re.findall(r"^(?:def|class) (\w+)|^(\w+)(?:: .*)? = ", sources, flags=re.MULTILINE))
+    assert set(taid.__all__) - {name for pair in defined for name in pair} == set()
+
+
 def test_the_lock_names_no_other_version_and_the_source_that_the_converter_checks() -> None:
     pins = dict(
         line.split("==") for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()[1:]
     )
     lock = (ROOT / "constraints.lock").read_text(encoding="utf-8")
     locked = re.findall(r"^([\w.-]+)==(\S+) \\\n    --hash=sha256:([0-9a-f]{64})", lock, flags=re.MULTILINE)
-    assert len(locked) > 150
-    assert {name: version for name, version, _ in locked if pins.get(name, version) != version} == {}
+    assert {name: version for name, version, _ in locked} == pins, (
+        "each package of the one has hashes in the other"
+    )
     assert {name: digest for name, _, digest in locked}["llama-cpp-python"] == SOURCE_SHA256

@@ -65,6 +65,32 @@ def test_another_prefect_is_left_alone(
     assert CANONICAL_NAME in caplog.text
 
 
+@pytest.mark.parametrize("question", ["read_flows", "read_deployments"])
+@pytest.mark.parametrize("absent", [True, False])
+def test_a_name_that_cannot_be_completed_is_left_as_it_is(
+    question: str, absent: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another Prefect may have no such question, or ask for an argument more."""
+
+    class Other(Known):
+        async def read_deployment_by_name(self, name: str) -> str:
+            return name
+
+    monkeypatch.setattr(deployments_client, "DeploymentAsyncClient", Other)
+    assert install(logging.getLogger("martlet.plugin")) is True
+    client = Other("distill-and-ship/gpu")
+    assert anyio.run(client.read_deployment_by_name, "distill-and-ship") == "distill-and-ship/gpu"
+    assert caplog.text == ""
+    if absent:
+        monkeypatch.delattr(Known, question)
+    else:
+        monkeypatch.setattr(Known, question, lambda self, page: [])
+    assert anyio.run(client.read_deployment_by_name, "distill-and-ship") == "distill-and-ship"
+    (record,) = caplog.records
+    sentence = "The bare name 'distill-and-ship' could not be completed; use `prefect deployment run "
+    assert record.getMessage() == f"{sentence}{CANONICAL_NAME}`."
+
+
 @pytest.mark.parametrize("switched_on", [True, False])
 def test_prefect_loads_it_where_pyproject_says_so(tmp_path: Path, switched_on: bool) -> None:
     program = (

@@ -1,15 +1,18 @@
 """A store is listed, explained and pruned, and keeps what a release needs."""
 
+import json
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.artifacts import Artifact, Store, damage
+from flows.command_line import app, run
+from pipeline.artifacts import Artifact, Store, damage, in_use
 from pipeline.errors import UserError
-from pipeline.inventory import entries, explain, find, forget_release, problems, prunable, prune
+from pipeline.inventory import entries, explain, find, forget_release, problems, prunable, prune, unused
 
 NOW = 1_700_000_000.0
 DAY = 86_400.0
@@ -33,6 +36,13 @@ def add(
     os.utime(artifact.path / "artifact.json", (used, used))
     os.utime(artifact.path, (used, used))
     return artifact
+
+
+def flip(path: Path) -> None:
+    """Flips the lowest bit of a file's middle byte."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
 def test_listing(store: Store) -> None:
@@ -134,3 +144,90 @@ def test_what_a_run_holds_locked_stays(store: Store) -> None:
     thread.join()
     assert prune(store.root, chosen) > 0
     assert not artifact.path.exists()
+
+
+def test_a_store_is_validated_by_the_command(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = (add(store, "distill", learning_rate=rate) for rate in (1, 2))
+    store.keep_for(tmp_path / "release", [first])
+    command = ["validate", "--store", str(store.root)]
+
+    def validate(*options: str) -> tuple[int, str, str]:
+        code = run(lambda: app([*command, *options], standalone_mode=False))
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    assert validate() == (0, f"{store.root}: every file is as it was written.\n", "")
+    assert json.loads(validate("--json")[1]) == {"store": str(store.root), "problems": []}
+
+    flip(first.path / "data.bin")
+    (second.path / "artifact.json").unlink()
+    (record,) = (store.root / "releases").iterdir()
+    flip(record)
+    code, out, err = validate()
+    assert code == 1
+    assert err == f"martlet: {store.root}: 3 damaged; the next run makes what it needs of it anew.\n"
+    assert set(out.splitlines()) == {
+        f"{first.path / 'data.bin'} is damaged (its SHA-256 is not the recorded one).",
+        f"{second.path / 'artifact.json'} is missing or damaged.",
+        f"{record} is damaged.",
+    }
+    code, out, _ = validate("--json")
+    assert (code, len(json.loads(out)["problems"])) == (1, 3)
+
+
+def test_nothing_is_pruned_while_a_run_uses_the_store(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A first run makes one artifact from another before any release needs either."""
+    command = ["store", "prune", "--store", str(store.root), "--keep", "0"]
+    seen: list[tuple[int, str]] = []
+
+    def prune_with(*options: str) -> int:
+        return run(lambda: app([*command, *options], standalone_mode=False))
+
+    def make(output: Path, work: Path) -> None:
+        for options in ([], ["--yes"]):
+            seen.append((prune_with(*options), capsys.readouterr().err))
+        (output / "data.bin").write_bytes((teacher.path / "data.bin").read_bytes())
+
+    with in_use(store.root), in_use(store.root):
+        teacher = add(store, "teacher", days=90)
+        store.get_or_make("distill", 1, {}, {"teacher": teacher}, make)
+    refusal = f"martlet: {store.root}: a run is using this store; prune when it has ended, or end it.\n"
+    assert seen == [(0, ""), (2, refusal)]
+    assert prune_with("--yes") == 0
+    assert entries(store.root) == []
+
+
+def test_a_run_waits_for_pruning(store: Store) -> None:
+    add(store, "teacher")
+    entered = threading.Event()
+
+    def use() -> None:
+        with in_use(store.root):
+            entered.set()
+
+    thread = threading.Thread(target=use)
+    with unused(store.root):
+        thread.start()
+        assert not entered.wait(0.3)
+    thread.join(10)
+    assert entered.is_set()
+
+
+@pytest.mark.parametrize("harm", [flip, Path.unlink])
+def test_inputs_behind_a_damaged_manifest_are_not_pruned(
+    store: Store, tmp_path: Path, harm: Callable[[Path], None]
+) -> None:
+    teacher = add(store, "teacher", days=90)
+    student = add(store, "student", days=90, inputs={"teacher": teacher})
+    store.keep_for(tmp_path / "release", [student])
+    harm(student.path / "artifact.json")
+    with pytest.raises(
+        UserError, match=r"student/\w+/artifact\.json: is missing or damaged, so what .*release"
+    ):
+        prunable(store.root, keep_bytes=0)
+    add(store, "student", days=90, inputs={"teacher": teacher})
+    assert prunable(store.root, keep_bytes=0) == []

@@ -311,3 +311,21 @@ def test_missing_field_of_parquet_is_refused(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"record 1.*'text'"):
         list(documents(str(tmp_path / "a.parquet"), "text"))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_what_would_fill_the_memory_is_refused(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"text": "a"}, {"text": "b" * 5000}]
+    write_lines(tmp_path / "a.jsonl", rows)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", compression="zstd")
+    assert list(documents(str(tmp_path / f"a.{suffix}"), "text")) == [row["text"] for row in rows]
+    monkeypatch.setattr("pipeline.sources.LONGEST_LINE", 4000)
+    monkeypatch.setattr("pipeline.sources.LARGEST_ROW_GROUP", 4000)
+    sentence = {
+        "jsonl": r"a\.jsonl, line 2: is longer than 4000 bytes; split it\.$",
+        "parquet": r"a\.parquet: has a row group of \d+ bytes uncompressed; write it .* at most 4000\.$",
+    }
+    with pytest.raises(UserError, match=sentence[suffix]):
+        list(documents(str(tmp_path / f"a.{suffix}"), "text"))

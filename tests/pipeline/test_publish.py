@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from release_artifacts import edit_json, example_artifacts, example_recipe, example_stage_times
 
+from flows.command_line import app, run
 from pipeline import publish, release
 from pipeline.artifacts import Store, with_own_digest
 from pipeline.errors import GateFailed, UserError
@@ -109,6 +110,8 @@ class Answer(BaseHTTPRequestHandler):
                     hub.repositories[name][value["path"]] = base64.b64decode(value["content"])
                 elif entry["key"] == "lfsFile":
                     hub.repositories[name][value["path"]] = hub.blobs[value["oid"]]
+                elif entry["key"] == "deletedFile":
+                    del hub.repositories[name][value["path"]]
             hub.commits += 1
             address = f"{hub.address}/{name}/commit/{hub.commits:040x}"
             self.send({"success": True, "commitOid": f"{hub.commits:040x}", "commitUrl": address})
@@ -128,7 +131,15 @@ class Answer(BaseHTTPRequestHandler):
         self.send({})
 
     def do_GET(self) -> None:
-        name = self.path.split("?")[0].removeprefix("/api/models/").split("/revision/")[0]
+        path = self.path.split("?")[0].removeprefix("/api/models/")
+        name, is_tree, _ = path.partition("/tree/")
+        if is_tree:
+            files = self.server.repositories[name].items()
+            self.send(
+                [{"type": "file", "path": path, "size": len(data), "oid": "0" * 40} for path, data in files]
+            )
+            return
+        name = path.split("/revision/")[0]
         known = name in self.server.repositories
         self.send({"id": name, "sha": "0" * 40, "siblings": []} if known else {}, 200 if known else 404)
 
@@ -172,6 +183,37 @@ def test_the_hub_holds_the_release_byte_for_byte(hub: FakeHub, released: Path) -
         assert uploaded == contents(released / name)
     assert all(hub.private.values())
     assert hub.tokens == {f"Bearer {SECRET}"}
+
+
+def test_what_a_release_no_longer_has_leaves_the_hub(hub: FakeHub, released: Path) -> None:
+    """Such as a quantization that was dropped because it failed its gate. The hub's own file stays."""
+    name, attributes = "Martlet-99M-Instruct-GGUF", b"*.gguf filter=lfs\n"
+    earlier = {"martlet-99m-instruct-q3_k_m.gguf": b"missed", "README.md": b"old", "more/notes.txt": b"old"}
+    held = hub.repositories[f"someone/{name}"] = {".gitattributes": attributes, **earlier}
+    publish.to_hub(publish.plan(released, "someone"), True, silent, hub.address)
+    assert held == {".gitattributes": attributes, **contents(released / name)}
+
+
+def test_without_yes_nothing_is_sent(
+    hub: FakeHub, released: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
+
+    def call(*options: str) -> tuple[int, str]:
+        arguments = ["publish", str(released), "--to", "hub", *options]
+        code = run(lambda: app(arguments, standalone_mode=False))
+        return code, capsys.readouterr().out
+
+    for options in ([], ["--namespace", "someone"]):
+        code, out = call(*options)
+        assert code == 0
+        assert out.splitlines()[-1] == "Nothing was published; give --yes to do it."
+        assert len(out.splitlines()) == len(FAMILY) + 1
+    assert (hub.repositories, hub.uploads, hub.commits, hub.tokens) == ({}, [], 0, set())
+    assert call("--yes")[0] == 2
+    assert hub.tokens == set()
+    assert call("--namespace", "someone", "--yes")[0] == 0
+    assert len(hub.repositories) == hub.commits == len(FAMILY), "this hub is the one that is asked"
 
 
 def test_an_interrupted_upload_goes_on(hub: FakeHub, released: Path) -> None:
