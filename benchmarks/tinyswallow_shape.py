@@ -37,7 +37,7 @@ EXPORTS = {
     "gguf": (
         "from export.gguf import export_gguf; "
         "export_gguf(Path({model!r}), Path({output!r}), 'shape', {quantizations}, "
-        "pre_tokenizer='smollm', threads={threads})"
+        "pre_tokenizer='qwen2', threads={threads})"
     ),
     "mlc": (
         "from export.mlc import export_mlc; "
@@ -58,7 +58,7 @@ def write_checkpoint(folder: Path, tokenizer_folder: Path) -> int:
         Its number of parameters, the tied head counted once.
     """
     from safetensors.torch import save_file
-    from transformers import Qwen2Config
+    from transformers import AutoTokenizer, Qwen2Config
 
     generator = torch.Generator().manual_seed(SEED)
     config = Qwen2Config(
@@ -112,6 +112,8 @@ def write_checkpoint(folder: Path, tokenizer_folder: Path) -> int:
     for pattern in ("tokenizer*.json", "chat_template.jinja", "generation_config.json"):
         for file in tokenizer_folder.glob(pattern):
             shutil.copy(file, folder / file.name)
+    # As transformers reads it for a Qwen2, so that all formats have one tokenizer.
+    AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
     return total
 
 

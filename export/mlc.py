@@ -78,6 +78,7 @@ def export_mlc(
     if output_dir.exists() and any(output_dir.iterdir()):
         raise ExportError(f"{output_dir}: is not empty; give a new folder.")
     architecture = read_architecture(model_dir, quantization)
+    check_windows(architecture, libraries)
     if context_length is not None:
         if not 0 < context_length <= architecture.context_length:
             raise ExportError(
@@ -133,6 +134,23 @@ def check_libraries(libraries: Sequence[str], quantization: str) -> None:
                 f"take {' or '.join(whole)}, or leave {WEBGPU} out."
             )
         emscripten.compiler()
+
+
+def check_windows(architecture: Any, libraries: Sequence[str]) -> None:
+    """Whether the libraries keep the windows of a model's layers.
+
+    On WebGPU TVM's cache has one place for the pages of layers with a window and for those of the others, so
+    that beyond two pages one kind reads the other's. (``PlainPagedKVCacheAuxDataManager`` of its runtime
+    copies both lists to the same array; on CPUs it has another class.)
+
+    Raises:
+        ExportError: the model has windows and a library for browsers is wanted.
+    """
+    if WEBGPU in libraries and any(architecture.windowed):
+        raise ExportError(
+            f"A {WEBGPU} library of a model whose layers have windows would be another model: TVM's cache mixes "
+            f"up their pages in browsers; leave {WEBGPU} out."
+        )
 
 
 def _compile_library(architecture: Any, path: Path, facts: dict[str, Any], target: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from export.errors import ExportError
 from export.gguf import export_gguf, export_vocabulary
-from export.mlc import chat_config, check_libraries, read_architecture
+from export.mlc import chat_config, check_libraries, check_windows, read_architecture
 from export.onnx import export_onnx, export_tokenizer
 from export.quantizations import MLC
 from export.runtime import ChatReader
@@ -116,7 +116,9 @@ def problems(
 
             quantization = next(iter(MLC))
             check_libraries(libraries, quantization)
-            config = chat_config(model_dir, read_architecture(model_dir, quantization), quantization)
+            architecture = read_architecture(model_dir, quantization)
+            check_windows(architecture, libraries)
+            config = chat_config(model_dir, architecture, quantization)
             return MlcReader(config["conv_template"], model_dir / "tokenizer.json")
 
         def open_onnx() -> ChatReader:

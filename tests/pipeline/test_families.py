@@ -28,7 +28,7 @@ from transformers import (
 
 from export.errors import ExportError
 from export.gguf import export_gguf
-from export.mlc import export_mlc
+from export.mlc import check_windows, export_mlc, read_architecture
 from export.onnx import export_onnx
 from export.runtime import Runtime, open_runtime
 from export.torch_runtime import TorchRuntime
@@ -290,6 +290,15 @@ def test_a_gemma_that_mlc_cannot_hold_is_told_before(
     (problem,) = preflight.problems(model_dir, ["mlc"])
     assert problem.startswith("export.mlc: ")
     assert sentence in problem
+
+
+def test_windows_are_refused_where_the_browsers_cache_mixes_them_up(model_dirs: dict[str, Path]) -> None:
+    for family in ("qwen2", "qwen3"):
+        check_windows(read_architecture(model_dirs[family], "q4f32_1"), ["wasm32-webgpu"])
+    architecture = read_architecture(model_dirs["gemma3"], "q4f32_1")
+    check_windows(architecture, ["x86_64-cpu"])
+    with pytest.raises(ExportError, match="whose layers have windows"):
+        check_windows(architecture, ["x86_64-cpu", "wasm32-webgpu"])
 
 
 def test_what_every_format_can_hold_is_no_problem(model_dirs: dict[str, Path]) -> None:

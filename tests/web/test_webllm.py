@@ -17,7 +17,8 @@ from test_families import gemma3
 from test_page import QUESTIONS, ask, assert_native_agrees, load, open_page
 from transformers import PreTrainedTokenizerFast
 
-from export.mlc import export_mlc
+from export import mlc_webgpu
+from export.mlc import export_mlc, read_architecture
 from export.mlc_runtime import MlcRuntime
 from export.runtime import generate_greedily
 from pipeline import cards, report, web
@@ -159,21 +160,24 @@ def test_logits_of_a_prefill_after_another(tab: Any, runtime: MlcRuntime, second
     check_logits(tab, runtime, runtime.tokenize(text * 3)[: 37 + second + 2], 37, second)
 
 
-def test_gemma3_beyond_its_window(
+def test_gemma3_within_two_pages(
     playwright_here: Any, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    """A prompt of two windows and a half, then single tokens: windows and two rotary bases in shaders."""
+    """Norms of heads, two rotary bases and windows in shaders. Beyond two pages of 16 tokens TVM's cache
+    gives layers the pages of others, for which ``check_windows`` refuses such an export; within, all is
+    right."""
     if shutil.which("emcc") is None:
         pytest.skip("emcc is not installed (apt-get install emscripten)")
     torch.manual_seed(6)
     model_dir = gemma3(tiny_tokenizer, tmp_path / "model")
-    libraries = ["x86_64-cpu", "wasm32-webgpu"]
-    folder = export_mlc(model_dir, tmp_path / "gemma", "t", "q4f32_1", libraries=libraries)
+    folder = export_mlc(model_dir, tmp_path / "gemma", "t", "q4f32_1")
     runtime = MlcRuntime(folder)
-    ids = np.random.default_rng(0).integers(3, 1700, 48).tolist()
+    path = folder / "libs" / "t-q4f32_1-wasm32-webgpu.wasm"
+    mlc_webgpu.compile_library(read_architecture(model_dir, "q4f32_1"), path, {})
+    ids = np.random.default_rng(0).integers(3, 1700, 28).tolist()
     (tmp_path / "site").mkdir()
     with loaded(playwright_here, folder, tmp_path / "site") as tab:
-        check_logits(tab, runtime, ids, 40)
+        check_logits(tab, runtime, ids, 16, 9)
     runtime.close()
 
 
