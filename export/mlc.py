@@ -148,8 +148,8 @@ def check_windows(architecture: Any, libraries: Sequence[str]) -> None:
     """
     if WEBGPU in libraries and any(architecture.windowed):
         raise ExportError(
-            f"A {WEBGPU} library of a model whose layers have windows would be another model: TVM's cache mixes "
-            f"up their pages in browsers; leave {WEBGPU} out."
+            f"A {WEBGPU} library of a model whose layers have windows would be another model: TVM's cache "
+            f"mixes up their pages in browsers; leave {WEBGPU} out."
         )
 
 

@@ -21,6 +21,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,8 @@ def export_onnx(
             options = BUILDER_OPTIONS[precision] if given is None else ROUNDED_OPTIONS
             _run_builder(model_dir, built[precision], precision, options, threads, log)
             graph = onnx.load(built[precision] / "model.onnx")
+            # The builder adds the commit of whatever repository the command is run in.
+            graph.producer_version = version("onnxruntime-genai")
             genai_config = json.loads((built[precision] / "genai_config.json").read_text(encoding="utf-8"))
             _check_rope(graph, config, model_dir)
             _fix_cache_dimensions(graph, int(genai_config["model"]["decoder"]["head_size"]))

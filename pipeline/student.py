@@ -10,6 +10,7 @@ from pipeline.artifacts import Artifact, Store, write_json
 from pipeline.errors import UserError
 from pipeline.models import count_parameters, load_model, load_tokenizer, save_model
 from pipeline.recipe import Recipe
+from pipeline.teacher import WANTED_FILES, file_digests, local_folder
 from taid import TaidError, prune_by_influence, shared_vocabulary_size
 
 STAGE = "student"
@@ -27,6 +28,16 @@ def run(store: Store, recipe: Recipe, teacher: Artifact, text: Artifact) -> Arti
             many layers as the recipe asks.
     """
 
+    parameters = recipe.slice("student")
+    section = recipe.student
+    if section.model is not None:
+        folder = local_folder("student.model", section.model, section.revision, list(WANTED_FILES))
+        parameters["files"] = file_digests(folder, WANTED_FILES)
+        try:
+            check_model_folder(folder)
+        except ExportError as error:
+            raise UserError(f"student.model: {error}") from None
+
     def make(output: Path, work: Path) -> None:
         teacher_tokenizer = load_tokenizer(teacher.path / "model", recipe.teacher.trust_remote_code)
         facts: dict[str, object]
@@ -41,17 +52,7 @@ def run(store: Store, recipe: Recipe, teacher: Artifact, text: Artifact) -> Arti
                 raise UserError(f"student.prune.layers: {error}") from None
             facts = {"influences": influences, "dropped": dropped}
         else:
-            assert recipe.student.model is not None
-            source, revision = recipe.student.model, recipe.student.revision
-            if Path(source).is_dir():
-                try:
-                    check_model_folder(Path(source))
-                except ExportError as error:
-                    raise UserError(f"student.model: {error}") from None
-            model, tokenizer = (
-                load_model(source, revision=revision),
-                load_tokenizer(source, revision=revision),
-            )
+            model, tokenizer = load_model(folder), load_tokenizer(folder)
             facts = {"influences": None, "dropped": None}
         teacher_rows = load_config_vocabulary_size(teacher.path / "model", recipe.teacher.trust_remote_code)
         try:
@@ -65,7 +66,7 @@ def run(store: Store, recipe: Recipe, teacher: Artifact, text: Artifact) -> Arti
         )
 
     return store.get_or_make(
-        STAGE, VERSION, recipe.slice("student"), {"teacher": teacher, "text": text}, make, recipe.seed
+        STAGE, VERSION, parameters, {"teacher": teacher, "text": text}, make, recipe.seed
     )
 
 

@@ -60,17 +60,12 @@ def run(store: Store, recipe: Recipe) -> Artifact:
         trusted_data(check_gguf, gguf)
         source["files"] = {gguf.name: sha256_of_file(gguf)}
     else:
-        folder = _local_folder(recipe)
+        folder = local_folder("teacher.model", section.model, section.revision, wanted_files(section))
         if not list(folder.glob("*.safetensors")):
             raise UserError(
                 f"teacher.model: {folder} holds no .safetensors file; martlet reads no pickled weights."
             )
-        source["files"] = {
-            path.name: sha256_of_file(path)
-            for pattern in wanted_files(section)
-            for path in sorted(folder.glob(pattern))
-            if path.is_file()
-        }
+        source["files"] = file_digests(folder, wanted_files(section))
         _check_files(source["files"], section.model)
         trusted_data(check_model_folder, folder)
 
@@ -122,23 +117,41 @@ def packaged_gguf(model: str) -> Path | None:
     return path
 
 
-def _local_folder(recipe: Recipe) -> Path:
-    section = recipe.teacher
-    folder = Path(section.model)
+def file_digests(folder: Path, patterns: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of a folder's files by name."""
+    return {
+        path.name: sha256_of_file(path)
+        for pattern in patterns
+        for path in sorted(folder.glob(pattern))
+        if path.is_file()
+    }
+
+
+def local_folder(key: str, model: str, revision: str | None, patterns: list[str]) -> Path:
+    """A model's folder on this machine; what the hub has is brought here.
+
+    Args:
+        key: of the recipe, for sentences.
+        model: a folder, or a name on the hub.
+        revision: commit or tag of a name.
+        patterns: of the files that are brought.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    folder = Path(model)
     if folder.is_dir():
         return folder
     if folder.is_absolute():
-        raise UserError(f"teacher.model: {folder} is no folder.")
+        raise UserError(f"{key}: {folder} is no folder.")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(section.model, revision=section.revision, allow_patterns=wanted_files(section))
-        )
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        sentence = f"{section.model} is neither a local folder nor to be had from the hub ({reason})."
-        raise hub_error(f"teacher.model: {sentence}", error) from error
+        sentence = f"{model} is neither a local folder nor to be had from the hub ({reason})."
+        raise hub_error(f"{key}: {sentence}", error) from error
 
 
 def _check_files(names: Iterable[str], model: str) -> None:

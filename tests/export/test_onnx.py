@@ -5,6 +5,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +162,12 @@ def test_graphs_are_valid_rotate_truly_and_have_numbers_for_the_cache(exported):
         (cosines,) = (t for t in graph.graph.initializer if t.name == "cos_cache")
         angles = 7 * 100000.0 ** (-np.arange(16) * 2 / 32)
         np.testing.assert_allclose(onnx.numpy_helper.to_array(cosines)[7], np.cos(angles), atol=1e-5)
+
+
+def test_nothing_of_the_folder_that_it_was_made_in_is_in_a_graph(exported) -> None:
+    """The builder writes the commit of the repository around it, with which the same model had other bytes."""
+    for path in (exported / "onnx").glob("*.onnx"):
+        assert onnx.load(path, load_external_data=False).producer_version == version("onnxruntime-genai")
 
 
 def test_a_wrong_rope_theta_is_refused(exported, tiny_model_dir):

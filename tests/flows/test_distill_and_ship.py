@@ -295,16 +295,10 @@ import sys
 from pathlib import Path
 from pipeline.errors import Unreachable, UserError
 from pipeline.models import load_tokenizer
-from pipeline.recipe import Recipe
-from pipeline.teacher import _local_folder
+from pipeline.teacher import local_folder
 from pipeline.sources import documents
-values = {
-    "name": "X", "teacher": {"model": "nobody/nothing"}, "student": {"prune": {"layers": 1}},
-    "data": {"text": {"sources": ["x"], "train_tokens": 1}, "chats": {"sources": ["x"], "conversations": 1}},
-    "instruct": {},
-}
 for ask in (
-    lambda: _local_folder(Recipe.model_validate(values)),
+    lambda: local_folder("teacher.model", "nobody/nothing", None, ["*"]),
     lambda: load_tokenizer("nobody/nothing"),
     lambda: list(documents("dataset:nobody/nothing", "text")),
 ):

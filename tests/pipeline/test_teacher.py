@@ -292,3 +292,21 @@ def test_a_teacher_with_its_own_code_cannot_be_pruned(
 ) -> None:
     with pytest.raises(ValueError, match=r"student.prune: .* give student.model"):
         make_recipe(folder_with_code, teacher__trust_remote_code=True)
+
+
+def test_a_changed_student_is_made_anew_and_pickles_are_refused(
+    make_recipe: MakeRecipe, tiny_model_dir: Path, store: Store, tiny_teacher: Artifact, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_model_dir, tmp_path / "student"))
+    recipe = make_recipe(student={"model": str(folder)})
+    text = prepare.run(store, recipe, tiny_teacher)
+    digests = [student.run(store, recipe, tiny_teacher, text).digest for _ in range(2)]
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 2
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    digests.append(student.run(store, recipe, tiny_teacher, text).digest)
+    assert digests[0] == digests[1] != digests[2]
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"pickled")
+    with pytest.raises(UserError, match="martlet reads no pickled weights"):
+        student.run(store, recipe, tiny_teacher, text)
