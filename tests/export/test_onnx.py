@@ -165,7 +165,7 @@ def test_graphs_are_valid_rotate_truly_and_have_numbers_for_the_cache(exported):
 
 
 def test_nothing_of_the_folder_that_it_was_made_in_is_in_a_graph(exported) -> None:
-    """The builder writes the commit of the repository around it, with which the same model had other bytes."""
+    """The builder writes the commit of the repository around it, which changed the bytes."""
     for path in (exported / "onnx").glob("*.onnx"):
         assert onnx.load(path, load_external_data=False).producer_version == version("onnxruntime-genai")
 
