@@ -80,7 +80,7 @@ def problems(
 
     The exporters check architecture, configuration and chat template, and write what there is to write
     without weights; the runtimes' own tokenizers then read the fixed conversations from that. Where the
-    rotary embedding is scaled, one small random layer is exported, too.
+    rotary embedding is scaled, a small random model is exported, too.
 
     Args:
         model_dir: Hugging Face folder.
@@ -98,7 +98,7 @@ def problems(
 
         @cache
         def small_model() -> Path | None:
-            return _with_one_small_layer(model_dir, folder / "small")
+            return _with_few_small_layers(model_dir, folder / "small")
 
         def open_gguf() -> ChatReader:
             from export.llama_cpp_runtime import LlamaCppReader
@@ -157,9 +157,10 @@ def problems(
         return found
 
 
-def _with_one_small_layer(model_dir: Path, folder: Path) -> Path | None:
-    """A random checkpoint of the model's kind with one layer of one head, for what only an export of weights
-    tells: converters that pass a scaling of the rotary embedding over. None where there is no scaling."""
+def _with_few_small_layers(model_dir: Path, folder: Path) -> Path | None:
+    """A random checkpoint of the model's kind up to its first layer of full attention, with one head, for
+    what only an export of weights tells: converters that pass a scaling of the rotary embedding over. None
+    where there is no scaling."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     config = AutoConfig.from_pretrained(model_dir)
@@ -169,9 +170,11 @@ def _with_one_small_layer(model_dir: Path, folder: Path) -> Path | None:
         return None
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     small = {"hidden_size": head_dim, "intermediate_size": 2 * head_dim, "head_dim": head_dim}
-    text.update(small | {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1})
+    kinds = list(getattr(text, "layer_types", None) or ["full_attention"])
+    kinds = kinds[: kinds.index("full_attention") + 1]  # converters may ask for the family's own pattern
+    text.update(small | {"num_hidden_layers": len(kinds), "num_attention_heads": 1, "num_key_value_heads": 1})
     if getattr(text, "layer_types", None):
-        text.layer_types = ["full_attention"]
+        text.layer_types = kinds
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(model_dir).save_pretrained(folder)
     return folder

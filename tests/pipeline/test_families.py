@@ -292,6 +292,17 @@ def test_a_gemma_that_mlc_cannot_hold_is_told_before(
     assert sentence in problem
 
 
+def test_a_scaled_gemma_is_tried_before_with_its_own_pattern_of_layers(
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """As Gemma 3 of 4B and more has it: only layers of full attention are scaled. llama.cpp knows that."""
+    scaled = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0}
+    local = {"rope_type": "default", "rope_theta": 10000.0}
+    ropes = {"full_attention": scaled, "sliding_attention": local}
+    model = gemma3(tiny_tokenizer, tmp_path / "model", rope_parameters=ropes)
+    assert preflight.problems(model, ["gguf"]) == []
+
+
 def test_windows_are_refused_where_the_browsers_cache_mixes_them_up(model_dirs: dict[str, Path]) -> None:
     for family in ("qwen2", "qwen3"):
         check_windows(read_architecture(model_dirs[family], "q4f32_1"), ["wasm32-webgpu"])
