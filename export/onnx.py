@@ -119,7 +119,7 @@ def export_onnx(
             options = BUILDER_OPTIONS[precision] if given is None else ROUNDED_OPTIONS
             _run_builder(model_dir, built[precision], precision, options, threads, log)
             graph = onnx.load(built[precision] / "model.onnx")
-            # The builder adds the commit of whatever repository the command is run in.
+            # The builder adds the commit of whatever repository it is installed in.
             graph.producer_version = version("onnxruntime-genai")
             genai_config = json.loads((built[precision] / "genai_config.json").read_text(encoding="utf-8"))
             _check_rope(graph, config, model_dir)
