@@ -133,7 +133,9 @@ def test_loading_shows_how_far_it_is(phone: Any, release: Path) -> None:
     tab, _, _ = open_page(phone, running.origin)
     tab.locator("label.model", has_text="GGUF q8_0").tap()
     tab.tap("#load")
-    tab.wait_for_function("document.querySelector('#progress').value > 0.3")
+    tab.wait_for_selector("#progress:visible")
+    while tab.evaluate("document.querySelector('#progress').value") <= 0.3:
+        tab.wait_for_timeout(50)
     value = tab.evaluate("document.querySelector('#progress').value")
     assert value < 1
     bar = tab.locator("#progress")
