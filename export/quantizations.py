@@ -1,6 +1,9 @@
 """What each format can be quantized to. Apart from the exporters, so that a recipe is checked without loading
 their libraries."""
 
+from collections.abc import Mapping
+from typing import Any
+
 GGUF: dict[str, str] = {
     "f16": "LLAMA_FTYPE_MOSTLY_F16",
     "bf16": "LLAMA_FTYPE_MOSTLY_BF16",
@@ -45,3 +48,10 @@ ONNX = {
     "int4": "model_q4.onnx",
 }
 """Precisions and their file names, from the largest to the smallest file."""
+
+
+def stored_dtype(record: Mapping[str, Any]) -> str:
+    """The type in which an MLC tensor cache keeps a tensor. Its records all have the same format, which makes
+    bfloat16 of float32 and leaves others, such as the words of quantized weights, as they are."""
+    shortened = record["format"] == "f32-to-bf16" and record["dtype"] == "float32"
+    return "bfloat16" if shortened else str(record["dtype"])

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from export.gguf import tensor_type_of_each
+from export.quantizations import stored_dtype
 
 LAYER = re.compile(r"\b(?:blk|layers|h)\.\d+\.")
 """The part of a tensor's name that says which layer it is of."""
@@ -56,7 +57,7 @@ def _of_mlc(folder: Path) -> dict[str, str]:
         if name.endswith(".q_weight"):
             types[name.removesuffix(".q_weight")] = quantization
         elif not name.endswith(".q_scale"):
-            types[name] = "bfloat16" if record["format"] == "f32-to-bf16" else record["dtype"]
+            types[name] = stored_dtype(record)
     return types
 
 

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 from safetensors import SafetensorError, safe_open
 
 from export.errors import ExportError
+from export.quantizations import stored_dtype
 
 LARGEST_CONFIG = 4 * 2**20
 LARGEST_TOKENIZER = 256 * 2**20
@@ -30,8 +31,6 @@ GGUF_SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12
 """Bytes of each type of metadata value; besides there are strings, and arrays (9)."""
 CHAT_TEMPLATE = b"tokenizer.chat_template"
 """Metadata of a GGUF file that hold a template begin so."""
-TENSOR_BYTES = {"f32-to-bf16": 2}
-"""Bytes of an element by the format of a record of an MLC tensor cache, where its type does not tell them."""
 DTYPE_BITS = re.compile(r"(?:u?int|b?float)(8|16|32|64)")
 ONNX_BITS = {
     **dict.fromkeys(("FLOAT", "INT32", "UINT32"), 32),
@@ -162,7 +161,7 @@ def check_tensor_cache(path: Path) -> None:
                 raise ExportError(f"{path}: names {name!r:.80}, which is no file of this folder.")
             size = (path.parent / name).stat().st_size
             for record in shard["records"]:
-                element = TENSOR_BYTES.get(record["format"]) or _element_bytes(record["dtype"])
+                element = _element_bytes(stored_dtype(record))
                 shape, start, count = record["shape"], record["byteOffset"], record["nbytes"]
                 numbers = [*shape, start, count]
                 sound = all(isinstance(number, int) and 0 <= number < 2**62 for number in numbers)

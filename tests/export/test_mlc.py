@@ -36,6 +36,7 @@ from export.mlc_model import TARGETS, blocked_kernel, exponential, vector_kernel
 from export.mlc_runtime import CHUNK, MlcRuntime
 from export.tensors import tensor_types
 from export.torch_runtime import TorchRuntime
+from export.untrusted import check_tensor_cache
 
 GOLDEN = Path(__file__).parent / "golden" / "mlc"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
@@ -95,6 +96,7 @@ def reference(tiny_model_dir: Path) -> TorchRuntime:
 @pytest.mark.parametrize("quantization", list(EXPECTED))
 def test_weights_equal_those_of_mlc_llm(quantization: str, golden_model_dir: Path, tmp_path: Path) -> None:
     folder = export_mlc(golden_model_dir, tmp_path / "out", "t", quantization, compile_cpu=False)
+    check_tensor_cache(folder / "tensor-cache.json")
     cache = json.loads((folder / "tensor-cache.json").read_text())
     found = []
     for shard in cache["records"]:
