@@ -425,22 +425,23 @@ def rotate_kernel(a: "kernels.Architecture") -> tirx.PrimFunc:
     return kernel
 
 
-def mend_windows(module: Any, a: "kernels.Architecture") -> None:
-    """Puts ``window_kernel`` in the place of TVM's own kernel for CPUs, which begins with a maximum that
-    nothing has set where the first key lies outside of the window, and divides by zero where all keys do.
+def replace_kernel(module: Any, name: str, kernel: tirx.PrimFunc) -> None:
+    """Puts a kernel in the place of one that TVM's cache brought.
 
     Args:
         module: a finished module with ``create_tir_paged_kv_cache``; changed in place.
-        a: the model's architecture.
+        name: of the kernel in the module.
+        kernel: with the same interface.
     """
-    name = "batch_prefill_paged_kv_cpu_sliding_window"
-    old = module[name]
-    module[name] = window_kernel(a).with_attr("global_symbol", old.attrs["global_symbol"])
+    module[name] = kernel.with_attr("global_symbol", module[name].attrs["global_symbol"])
 
 
 @cache
 def window_kernel(a: "kernels.Architecture") -> tirx.PrimFunc:
     """Attention of new tokens over what the paged cache held before, for layers with a window.
+
+    TVM's own kernel for CPUs begins with a maximum that nothing has set where the first key lies outside of
+    the window, and divides by zero where all keys do.
 
     The interface is that of TVM's kernels. Query i of a sequence sees the last ``window`` - 1 - i tokens of
     its pages. ``lse`` is the logarithm of the sum of exponentials, to base 2; ``NOTHING`` where a query sees

@@ -184,13 +184,13 @@ def build_module(
     ):
         _emit_function(builder, a, name, single, every)
     if described is not None:
-        from export.mlc_engine import Operators, add_engine_functions, mend_windows
+        from export.mlc_engine import Operators, add_engine_functions, replace_kernel, window_kernel
 
         add_engine_functions(builder, a, described, Operators)
     add_metadata(builder, a, metadata)
     module = builder.finalize()
     if described is not None and a.windowed:
-        mend_windows(module, a)
+        replace_kernel(module, "batch_prefill_paged_kv_cpu_sliding_window", window_kernel(a))
     return module
 
 

@@ -42,7 +42,7 @@ def compile_library(architecture: kernels.Architecture, path: Path, metadata: di
         mlc_engine.add_engine_functions(builder, architecture, described, GpuOperators)
         kernels.add_metadata(builder, architecture, {**metadata, "target": "webgpu wasm32"})
         module = builder.finalize()
-        mend_merge(module, architecture)
+        mlc_engine.replace_kernel(module, "tir_attention_merge_state", merge_kernel(architecture))
         executable = relax.build(module, target=described, relax_pipeline=_pipeline(described))
 
         def link(output: str, objects: Sequence[str], **_: Any) -> None:
@@ -265,25 +265,14 @@ def root_mean_square(x: te.Tensor, epsilon: float) -> te.Tensor:
     )
 
 
-def mend_merge(module: Any, a: kernels.Architecture) -> None:
-    """Puts ``merge_kernel`` in the place of TVM's own, in which one thread may overwrite what others of its
-    workgroup have not read yet: no barrier is between, and not all of them go in step.
-
-    Args:
-        module: a finished module with ``create_tir_paged_kv_cache``; changed in place.
-        a: the model's architecture.
-    """
-    name = "tir_attention_merge_state"
-    old = module[name]
-    module[name] = merge_kernel(a).with_attr("global_symbol", old.attrs["global_symbol"])
-
-
 @cache
 def merge_kernel(a: kernels.Architecture) -> tirx.PrimFunc:
     """Joins the attention over new tokens with that over what the cache held before, in place.
 
     y = (2^l y + 2^m z) / (2^l + 2^m) for outputs y, z with base-2 logarithms l, m of their sums of
-    exponentials; l becomes the logarithm of the joint sum. One thread for each head of each token.
+    exponentials; l becomes the logarithm of the joint sum. One thread for each head of each token: in
+    TVM's own kernel one may overwrite what others of its workgroup have not read yet, for no barrier is
+    between, and not all of them go in step.
     """
     heads, dim = a.heads, a.head_dim
 

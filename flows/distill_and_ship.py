@@ -244,13 +244,13 @@ def distill_and_ship(
         raise UserError(f"{release}: is the release of one recipe; give another folder for several.")
     # One at a time: memory is what one of them needs, and what they have in common is computed once.
     done, failures = [], []
-    for plan, path in zip(plans, paths, strict=True):
-        try:
-            with in_use(Path(store)):
+    with in_use(Path(store)):
+        for plan, path in zip(plans, paths, strict=True):
+            try:
                 done.append(ship(path, Path(store), Path(release) / plan.name))
-        except (UserError, ExportError, TaidError, GateFailed) as error:
-            failures.append(error)
-            logger.warning(f"warning: {path}: {error}", extra={"stage": "", "state": None})
+            except (UserError, ExportError, TaidError, GateFailed) as error:
+                failures.append(error)
+                logger.warning(f"warning: {path}: {error}", extra={"stage": "", "state": None})
     comparison = None
     if len(done) > 1:
         facts = compare_releases.run(*(Path(each["release"]) for each in done))

@@ -73,8 +73,8 @@ def to_hub(
     endpoint: str | None = None,
 ) -> list[str]:
     """Uploads each repository in one commit, which removes what it held besides, such as a quantization that
-    was dropped. What an interrupted upload has brought over is not sent again,
-    and a repository that holds the same files already gets no commit.
+    was dropped. What an interrupted upload has brought over is not sent again, and a repository that holds
+    the same files already gets no commit.
 
     Args:
         repositories: ``plan``'s.

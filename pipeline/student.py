@@ -4,13 +4,12 @@ from pathlib import Path
 
 import numpy as np
 
-from export.errors import ExportError
 from export.untrusted import check_model_folder
 from pipeline.artifacts import Artifact, Store, write_json
 from pipeline.errors import UserError
 from pipeline.models import count_parameters, load_model, load_tokenizer, save_model
 from pipeline.recipe import Recipe
-from pipeline.teacher import WANTED_FILES, file_digests, local_folder
+from pipeline.teacher import WANTED_FILES, local_folder, model_digests, trusted_data
 from taid import TaidError, prune_by_influence, shared_vocabulary_size
 
 STAGE = "student"
@@ -27,16 +26,12 @@ def run(store: Store, recipe: Recipe, teacher: Artifact, text: Artifact) -> Arti
         UserError: the student cannot be loaded, has another tokenizer than the teacher, or cannot keep as
             many layers as the recipe asks.
     """
-
     parameters = recipe.slice("student")
     section = recipe.student
     if section.model is not None:
         folder = local_folder("student.model", section.model, section.revision, list(WANTED_FILES))
-        parameters["files"] = file_digests(folder, WANTED_FILES)
-        try:
-            check_model_folder(folder)
-        except ExportError as error:
-            raise UserError(f"student.model: {error}") from None
+        parameters["files"] = model_digests(folder, WANTED_FILES)
+        trusted_data("student.model", check_model_folder, folder)
 
     def make(output: Path, work: Path) -> None:
         teacher_tokenizer = load_tokenizer(teacher.path / "model", recipe.teacher.trust_remote_code)

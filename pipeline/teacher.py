@@ -57,7 +57,7 @@ def run(store: Store, recipe: Recipe) -> Artifact:
     }
     gguf = packaged_gguf(section.model)
     if gguf is not None:
-        trusted_data(check_gguf, gguf)
+        trusted_data("teacher.model", check_gguf, gguf)
         source["files"] = {gguf.name: sha256_of_file(gguf)}
     else:
         folder = local_folder("teacher.model", section.model, section.revision, wanted_files(section))
@@ -65,9 +65,9 @@ def run(store: Store, recipe: Recipe) -> Artifact:
             raise UserError(
                 f"teacher.model: {folder} holds no .safetensors file; martlet reads no pickled weights."
             )
-        source["files"] = file_digests(folder, wanted_files(section))
+        source["files"] = model_digests(folder, wanted_files(section))
         _check_files(source["files"], section.model)
-        trusted_data(check_model_folder, folder)
+        trusted_data("teacher.model", check_model_folder, folder)
 
     def make(output: Path, work: Path) -> None:
         if gguf is not None:
@@ -90,8 +90,13 @@ def wanted_files(section: Teacher) -> list[str]:
     return [*WANTED_FILES, "*.py"] if section.trust_remote_code else list(WANTED_FILES)
 
 
-def trusted_data(check: Callable[..., None], *arguments: Any) -> None:
-    """Runs a check of ``export.untrusted`` on the teacher.
+def trusted_data(key: str, check: Callable[..., None], *arguments: Any) -> None:
+    """Runs a check of ``export.untrusted``.
+
+    Args:
+        key: of the recipe, for the sentence.
+        check: the function.
+        arguments: what it is called with.
 
     Raises:
         UserError: the check fails.
@@ -99,7 +104,7 @@ def trusted_data(check: Callable[..., None], *arguments: Any) -> None:
     try:
         check(*arguments)
     except ExportError as error:
-        raise UserError(f"teacher.model: {error}") from None
+        raise UserError(f"{key}: {error}") from None
 
 
 def packaged_gguf(model: str) -> Path | None:
@@ -117,8 +122,8 @@ def packaged_gguf(model: str) -> Path | None:
     return path
 
 
-def file_digests(folder: Path, patterns: Iterable[str]) -> dict[str, str]:
-    """SHA-256 of a folder's files by name."""
+def model_digests(folder: Path, patterns: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of a model folder's files that fit the patterns, by name."""
     return {
         path.name: sha256_of_file(path)
         for pattern in patterns
@@ -174,7 +179,7 @@ def _check(folder: Path, section: Teacher) -> None:
         )
     templates = tokenizer.chat_template
     for template in templates.values() if isinstance(templates, dict) else [templates]:
-        trusted_data(check_chat_template, template, section.model)
+        trusted_data("teacher.model", check_chat_template, template, section.model)
     rows = load_model(folder, section.trust_remote_code).get_input_embeddings().weight.shape[0]
     highest = max(tokenizer.get_vocab().values())
     if highest >= rows:
