@@ -2,7 +2,9 @@
 
 import json
 import os
+import queue
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -103,6 +105,27 @@ def test_a_file_is_measured_once(inputs: dict[str, Any]) -> None:
     assert entry["reliable"] is (entry["cpu_pressure"] is not None)
     again, _ = run(inputs, recipe())
     assert again.cached
+
+
+def test_a_second_run_on_this_machine_waits_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs with different stores, too: two would measure each other."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    said: queue.Queue[str] = queue.Queue()
+    entered = threading.Event()
+
+    def second() -> None:
+        with bench.alone_on_this_machine(Store(tmp_path / "other", said.put)):
+            entered.set()
+
+    waiting = threading.Thread(target=second)
+    with bench.alone_on_this_machine(Store(tmp_path / "store", pytest.fail)):
+        waiting.start()
+        assert said.get(timeout=20) == "waiting: another run is measuring on this machine"
+        assert not entered.is_set()
+    waiting.join(20)
+    assert entered.is_set()
 
 
 @pytest.mark.parametrize(
