@@ -165,6 +165,8 @@ def test_sweep_depths_and_cold_start_are_measured_when_asked_for(inputs: dict[st
     assert 0 < cold["load_s"] < cold["first_token_s"]
     if cold["cold"]:
         assert cold["read_bytes"] > 1_000_000
+    for timed in [cold, *entry["depths"]]:
+        assert timed["reliable"] is (timed["cpu_pressure"] is not None)
 
 
 @pytest.fixture
@@ -193,6 +195,8 @@ def test_profiles_decide_by_what_a_file_does_within_them(
     _, (entry,) = run(inputs, recipe(profiles=paths, repetitions=1, cold_start=False))
     found = {result["profile"]: result for result in entry["profiles"]}
     assert found["enough"]["status"] == "passed"
+    for result in found.values():
+        assert result["reliable"] is (result["cpu_pressure_before"] is not None)
     assert found["enough"]["first_token_s"] > 0
     assert found["slow"]["status"] == "failed"
     assert "at least 1e+09 are asked for" in found["slow"]["reason"]
