@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import GateFailed, UserError
-from pipeline.release import verify, verify_inputs
+from pipeline.release import CARD, verify, verify_inputs
 
 TOKEN = "HF_TOKEN"
 """Environment variable of the hub's token, its only source: never an option, which shells remember."""
@@ -74,7 +74,7 @@ def to_hub(
 ) -> list[str]:
     """Uploads each repository in one commit, which removes what it held besides, such as a quantization that
     was dropped. What an interrupted upload has brought over is not sent again, and a repository that holds
-    the same files already gets no commit.
+    the same files already gets no commit. Cards name the release's own models with the namespace there.
 
     Args:
         repositories: ``plan``'s.
@@ -98,16 +98,22 @@ def to_hub(
         )
     api = HfApi(endpoint=endpoint, token=token)
     addresses = []
+    names = {repository.folder.name: repository.name for repository in repositories}
     for repository in repositories:
         report(f"{repository.name}: {repository.files} files, {repository.bytes / 1e6:.1f} MB")
         try:
             created = api.create_repo(repository.name, private=private, exist_ok=True)
-            api.upload_folder(
-                repo_id=repository.name,
-                folder_path=repository.folder,
-                commit_message=f"{repository.folder.name}, made by martlet",
-                delete_patterns="*",  # of what is there and not in the folder
-            )
+            with tempfile.TemporaryDirectory() as temporary:
+                linked = shutil.copytree(
+                    repository.folder.resolve(), Path(temporary) / "linked", copy_function=os.symlink
+                )
+                _name_base_model(Path(linked) / CARD, names)
+                api.upload_folder(
+                    repo_id=repository.name,
+                    folder_path=linked,
+                    commit_message=f"{repository.folder.name}, made by martlet",
+                    delete_patterns="*",  # of what is there and not in the folder
+                )
         except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"{repository.name}: the hub does not take it ({_without(token, error)}); the same command "
@@ -115,6 +121,19 @@ def to_hub(
             ) from None
         addresses.append(str(created))
     return addresses
+
+
+def _name_base_model(link: Path, names: dict[str, str]) -> None:
+    """Replaces a link to a card by the card with its ``base_model``, where that is of the same release, as
+    the hub names it."""
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(link)
+    base = card.data.base_model
+    if base in names:
+        card.data.base_model = names[base]
+        link.unlink()
+        card.save(link)
 
 
 def to_folder(repositories: list[Repository], target: Path, report: Callable[[str], None]) -> list[str]:
