@@ -332,6 +332,8 @@ def test_a_comparison_of_another_student_does_not(released: Path, tmp_path: Path
     ):
         with pytest.raises(UserError, match=f"--release: .* another {key} than"):
             compare.require_same_start(example_recipe(**changes), released)
+    # A licence makes no other student, and releases from before the key say nothing of one.
+    compare.require_same_start(example_recipe(student={"prune": {"layers": 20}, "licence": "MIT"}), released)
     with pytest.raises(UserError, match="is missing or no manifest of martlet"):
         compare.require_same_start(example_recipe(), tmp_path)
 
@@ -357,6 +359,12 @@ def test_a_failed_gate_is_the_first_thing_said(facts: dict[str, Any]) -> None:
 
 
 def test_notes_tell_what_numbers_do_not_flatter(facts: dict[str, Any]) -> None:
+    assert report.notes(facts) == []
+    assert facts["licences"] == {"result": "Apache-2.0", "not_judged": []}
+    unknown = deepcopy(facts) | {"licences": {"result": "MIT", "not_judged": ["teacher.licence: <b>x"]}}
+    assert "does not know teacher.licence: <b>x, so" in report.notes(unknown)[0]
+    assert "does not know teacher.licence: &lt;b&gt;x, so" in report.render(unknown)
+    del facts["licences"]  # as in a report of an earlier version
     assert report.notes(facts) == []
     worse = deepcopy(facts)
     worse["distillation"]["held_out"]["kl_after"] = 3.0
