@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import Store, write_json
-from pipeline.bench_worker import cpu_stall_seconds, memory
+from pipeline.bench_worker import memory
 
 RECIPE = Path("recipes/smollm2-135m-to-99m.yaml")
 """Whose teacher the benchmarks run on."""
@@ -133,20 +133,6 @@ def speed_up(ours: Sequence[Sample], theirs: Sequence[Sample], clock: str = "wal
 def as_dictionaries(samples: Samples) -> dict[str, list[dict[str, float]]]:
     """Every single measurement, for the JSON file."""
     return {name: [asdict(sample) for sample in kept] for name, kept in samples.items()}
-
-
-class Pressure:
-    """Per cent of the time since it was made in which some task of the machine waited for a processor."""
-
-    def __init__(self) -> None:
-        self._stalled, self._began = cpu_stall_seconds(), time.perf_counter()
-
-    def per_cent(self) -> float | None:
-        """None where the kernel does not count it."""
-        stalled = cpu_stall_seconds()
-        if stalled is None or self._stalled is None:
-            return None
-        return min(100.0, 100 * (stalled - self._stalled) / (time.perf_counter() - self._began))
 
 
 def machine(threads: int, packages: Iterable[str]) -> dict[str, Any]:

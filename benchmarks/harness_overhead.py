@@ -21,6 +21,7 @@ import numpy as np
 from benchmarks import common
 from export.onnx_runtime import NUMPY_TYPES
 from export.runtime import Runtime, open_runtime
+from pipeline.bench_worker import CpuPressure
 
 PROMPT_TOKENS = 64
 ALLOWED = 0.03
@@ -244,7 +245,7 @@ def compare(name: str, decoders: dict[str, Decode], prompt: list[int], options: 
         return run
 
     common.say(name)
-    pressure = common.Pressure()
+    pressure = CpuPressure()
     samples = common.in_turns({decoder: variant(decoder) for decoder in decoders}, options.rounds)
     harness, minimal, *_ = decoders
     if answers[harness] != answers[minimal]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks import common
 from benchmarks.baselines import full_logit_taid, trl_forward_kl
+from pipeline.bench_worker import CpuPressure
 from taid import fused_forward_kl, fused_taid
 
 WIDTH = 896
@@ -109,7 +110,7 @@ def at_qwens_vocabulary(options: Any) -> dict[str, Any]:
         variant: memory_of(options.threads, variant=variant, tokens=TOKENS, vocabulary=VOCABULARY)
         for variant in (FULL, TRL, OURS)
     }
-    pressure = common.Pressure()
+    pressure = CpuPressure()
     variants: dict[str, tuple[str, int | None]] = {name: (name, None) for name in (FULL, TRL, OURS, OURS_KL)}
     samples = times_of(Problem(TOKENS // 4, VOCABULARY), variants, options.rounds)
     # Whole logits grow with the tokens, chunks do not; hidden states' gradients are already left out.

@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks import common
 from export.runtime import Runtime, open_runtime
+from pipeline.bench_worker import CpuPressure
 
 MLC, LLAMA = "MLC q4f32_1", "llama.cpp q4_0"
 TARGETS = {"decode": 1.5, "prefill": 2.0}
@@ -67,7 +68,7 @@ def main() -> None:
         "prompt_tokens": options.prompt,
         "generated_tokens": options.generated,
     }
-    pressure = common.Pressure()
+    pressure = CpuPressure()
     rows = []
     for phase, allowed in TARGETS.items():
         common.say(phase)

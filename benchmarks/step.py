@@ -24,6 +24,7 @@ from torch import Tensor
 
 from benchmarks import common
 from benchmarks.baselines import full_logit_taid, trl_forward_kl
+from pipeline.bench_worker import CpuPressure
 
 FIXED_LENGTH = 512
 """Tokens to which the padding variant pads; no conversation is longer."""
@@ -267,7 +268,7 @@ def run(options: Any) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as work:
             bench = Bench(folder, Path(work), data, options.blocks)
             variants = {variant: _timed_step(bench, variant) for variant in VARIANTS}
-            pressure = common.Pressure()
+            pressure = CpuPressure()
             samples = common.in_turns(variants, options.rounds)
         part = {
             "conversations": len(lengths),

@@ -249,10 +249,11 @@ def main() -> None:
             speed = measured(file, prompt, options, work)
             entry = {"format": format, "quantization": quantization, "bytes": size_of(file), **speed}
             result["files"].append(entry)
-        if format != "gguf":
-            shutil.rmtree(output)
-    if "gguf" in result["exports"]:
-        result["gguf_within_budget"] = result["exports"]["gguf"]["peak_anonymous_bytes"] <= GGUF_BUDGET
+        if format == "gguf":
+            result["gguf_within_budget"] = result["exports"]["gguf"]["peak_anonymous_bytes"] <= GGUF_BUDGET
+        shutil.rmtree(output)
+        # After each format: the last takes longest and may run out of memory.
+        common.write(options.output, "tinyswallow_shape", result)
     common.table(
         f"Exporting random weights in the shape of Qwen2.5-1.5B ({parameters / 1e9:.2f}e9 parameters)",
         ("format", "quantizations", "s", "CPU s", "peak anonymous GiB", "peak resident GiB"),
@@ -300,7 +301,6 @@ def main() -> None:
             for each in result["files"]
         ],
     )
-    common.write(options.output, "tinyswallow_shape", result)
     shutil.rmtree(work)
 
 

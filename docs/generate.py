@@ -1,5 +1,6 @@
 """Pages of the site that are made from the code itself, and pictures that are computed when it is built."""
 
+import importlib.util
 import json
 import typing
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from pipeline.recipe import Recipe
 from taid import AdaptiveInterpolation
 
 ROOT = Path(__file__).parents[1]
+MUTATIONS = ROOT / "tests" / "export" / "test_mutations.py"
 MODULES = {
     "taid": (
         *("objectives", "schedule", "fused", "teacher", "sampled", "student", "trainer", "checkpoints"),
@@ -51,6 +53,7 @@ def pages() -> dict[str, str]:
         "reference/commands.md": commands(),
         "reference/recipe.md": recipe(),
         "reference/schemas.md": schema_page(schemas),
+        "reference/mutations.md": mutations(),
         **{f"reference/{schema.name}": schema.read_text(encoding="utf-8") for schema in schemas},
         **{f"reference/{package}.md": python_page(package) for package in MODULES},
         "examples/taid_by_hand.md": notebook(ROOT / "examples" / "taid_by_hand.ipynb"),
@@ -77,6 +80,29 @@ def commands() -> str:
             if parameter.required:
                 default = "required"
             lines.append(f"| `{names}` | {default} | {getattr(parameter, 'help', None) or ''} |")
+    return "\n".join(lines) + "\n"
+
+
+def mutations() -> str:
+    """The ways in which the tests break exported files and the gate that catches each, out of the tests."""
+    specification = importlib.util.spec_from_file_location("mutations", MUTATIONS)
+    assert specification is not None
+    assert specification.loader is not None
+    tests: Any = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(tests)
+    tables = {"GGUF": tests.GGUF, "ONNX": tests.ONNX, "ONNX int4": tests.INT4, "MLC": tests.MLC}
+    rows = [(format, what, gate) for format, table in tables.items() for what, (_, gate) in table.items()]
+    for name, (_, _, gate) in tests.BIASED.items():
+        format, what = name.split(": ", 1)
+        rows.append((format.upper(), what, gate))
+    about = (
+        f"Generated from `{MUTATIONS.relative_to(ROOT)}`: {len(rows)} ways to break an exported file. The "
+        "tests break a sound file in each way, load it in its own runtime and ask that the named gate is "
+        "missed; [what each gate catches](../explanations/gates.md) says what the gates are."
+    )
+    lines = ["# Broken files and their gates", "", about, ""]
+    lines += ["| format | what is broken | gate that catches it |", "| --- | --- | --- |"]
+    lines += [f"| {format} | {what} | {gate} |" for format, what, gate in rows]
     return "\n".join(lines) + "\n"
 
 

@@ -7,6 +7,11 @@ from typing import Any
 from export.errors import ExportError
 from export.untrusted import check_model_folder
 
+MERGED_KL = 1e-4
+"""Mean KL, in nats, up to which a merged model is the model with its adapter apart: both are float32."""
+
+PROBE_TOKENS = 64
+
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter, not a model."""
@@ -22,12 +27,14 @@ def merge_adapter(folder: Path, output_dir: Path) -> None:
         output_dir: the Hugging Face folder to make.
 
     Raises:
-        ExportError: the adapter or its model is missing, cannot be loaded, has no safetensors, or they do
-            not fit together.
+        ExportError: the adapter or its model is missing, cannot be loaded, has no safetensors, they do not
+            fit together, or the folder made is another model than the two apart.
     """
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from export.torch_runtime import load_in_torch
 
     config_file = folder / "adapter_config.json"
     if not (folder / "adapter_model.safetensors").is_file():
@@ -51,10 +58,22 @@ def merge_adapter(folder: Path, output_dir: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(folder if own else source)
         if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(len(tokenizer))
-        adapted: Any = PeftModel.from_pretrained(model, folder)
+        adapted: Any = PeftModel.from_pretrained(model, folder).eval()
+        probe = torch.randint(len(tokenizer), (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            apart = adapted(probe, use_cache=False).logits.double().log_softmax(-1)
         merged = adapted.merge_and_unload(safe_merge=True)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ExportError(f"{folder}: the adapter cannot be merged into {base} ({reason}).") from error
     merged.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
+    with torch.no_grad():
+        made = load_in_torch(output_dir)(probe, use_cache=False).logits.double().log_softmax(-1)
+    divergence = float((apart.exp() * (apart - made)).sum(-1).mean())
+    if not divergence <= MERGED_KL:
+        raise ExportError(
+            f"{folder}: merged into {base} it is another model than the adapter apart (mean KL "
+            f"{divergence:.3g}, at most {MERGED_KL:g} is rounding); an adapter of a head that shares its "
+            "weights with the embedding cannot be merged, so train it without lm_head and embed_tokens."
+        )

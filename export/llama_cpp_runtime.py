@@ -86,6 +86,10 @@ class LlamaCppReader:
         """See ``Runtime.tokenize``."""
         return self._tokenize(text, add_special=False)
 
+    def completion_ids(self, text: str) -> list[int]:
+        """See ``ChatReader.completion_ids``."""
+        return self._tokenize(text, add_special=True)
+
     def _tokenize(self, text: str, add_special: bool) -> list[int]:
         data = text.encode()
         size = len(data) + 8

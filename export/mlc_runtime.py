@@ -48,6 +48,9 @@ class MlcReader:
         """See ``Runtime.tokenize``."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def completion_ids(self, text: str) -> None:
+        """See ``ChatReader.completion_ids``: MLC's engine adds none."""
+
     def chat_text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         """See ``Runtime.chat_text``."""
         return render_conversation(self._template, messages, add_generation_prompt)

@@ -123,6 +123,10 @@ class OnnxRuntime:
         """See ``Runtime.tokenize``."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    def completion_ids(self, text: str) -> list[int]:
+        """See ``ChatReader.completion_ids``: what transformers.js adds."""
+        return self.tokenizer(text)["input_ids"]
+
     def chat_text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         """See ``Runtime.chat_text``.
 
@@ -220,6 +224,9 @@ class GenaiTokenizer:
             self._tokenizer = onnxruntime_genai.Tokenizer(str(folder))
         except Exception as error:  # its errors are of many types
             raise ExportError(f"{folder}: fails in ONNX Runtime GenAI ({error}).") from error
+
+    def completion_ids(self, text: str) -> None:
+        """See ``ChatReader.completion_ids``: ONNX Runtime GenAI adds none."""
 
     def chat_ids(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
         """See ``ChatReader.chat_ids``.

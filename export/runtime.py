@@ -17,6 +17,11 @@ class ChatReader(Protocol):
 
     name: str
 
+    def completion_ids(self, text: str) -> list[int] | None:
+        """Token ids of plain text to be continued, with the special tokens that the file asks its runtime to
+        add (a BOS before it, say); None where the program adds none, whatever the file says."""
+        ...
+
     def chat_ids(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
         """Token ids of a conversation, rendered by the file's own chat template."""
         ...
@@ -41,6 +46,10 @@ class Runtime(Protocol):
     def tokenize(self, text: str) -> list[int]:
         """Token ids of plain text as the file's tokenizer makes them, control-token text included
         (``<|im_start|>`` in the text becomes the control token), and no BOS added beyond the text."""
+        ...
+
+    def completion_ids(self, text: str) -> list[int] | None:
+        """See ``ChatReader.completion_ids``."""
         ...
 
     def chat_text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:

@@ -63,6 +63,10 @@ class TransformersReader:
         """See ``Runtime.tokenize``."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    def completion_ids(self, text: str) -> list[int]:
+        """See ``ChatReader.completion_ids``."""
+        return self.tokenizer(text)["input_ids"]
+
     def chat_text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         """See ``Runtime.chat_text``.
 

@@ -27,7 +27,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from export import processes
 from export.errors import ExportError
-from flows.interrupts import ending_children
+from flows.interrupts import ending_children, leashed_children
 from pipeline import (
     bench,
     chats,
@@ -206,6 +206,7 @@ def run_name() -> str:
     persist_result=False,
 )
 @ending_children()
+@leashed_children()
 @logging_children()
 def distill_and_ship(
     recipe: str = DEFAULT_RECIPE,

@@ -65,7 +65,11 @@ def ending_at_once() -> Iterator[None]:
 @contextlib.contextmanager
 def leashed_children() -> Iterator[None]:
     """Child processes end with this process even where it has no say in it, as after SIGKILL: a small process
-    beside it (``leash_process.py``) sees its pipe close and kills what carries this run's name."""
+    beside it (``leash_process.py``) sees its pipe close and kills what carries this run's name. Within
+    another such time it changes nothing."""
+    if "MARTLET_RUN" in os.environ:
+        yield
+        return
     name = os.environ["MARTLET_RUN"] = uuid.uuid4().hex
     leash = subprocess.Popen(
         [sys.executable, "-P", str(Path(__file__).with_name("leash_process.py")), name],

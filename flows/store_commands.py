@@ -29,14 +29,15 @@ def list_(store: StorePath = Path("store"), as_json: AsJson = False) -> None:
 
     Example: martlet store list
     """
-    from pipeline.inventory import SHOWN, entries
+    from pipeline.inventory import entries, leftovers
 
-    found = entries(store)
+    found = entries(store) + leftovers(store)
     if as_json:
         rows = [
             {
                 "stage": entry.stage,
                 "key": entry.key,
+                "state": entry.state,
                 "bytes": entry.bytes,
                 "made": round(entry.made, 3),
                 "used": round(entry.used, 3),
@@ -52,9 +53,12 @@ def list_(store: StorePath = Path("store"), as_json: AsJson = False) -> None:
     for entry in found:
         unused = f"{(time.time() - entry.used) / DAY:.1f}"
         release = ", ".join(Path(path).name for path in entry.needed_by)
-        table.add_row(entry.stage, entry.key[:SHOWN], f"{entry.bytes / 1e6:.1f}", unused, release)
+        note = release if entry.state == "finished" else f"({entry.state})"
+        table.add_row(entry.stage, entry.shown, f"{entry.bytes / 1e6:.1f}", unused, note)
     Console().print(table)
-    print(f"{store}: {len(found)} artifacts, {sum(entry.bytes for entry in found) / 1e6:.1f} MB")
+    finished = sum(entry.state == "finished" for entry in found)
+    rest = f" and {len(found) - finished} leftovers" if len(found) > finished else ""
+    print(f"{store}: {finished} artifacts{rest}, {sum(entry.bytes for entry in found) / 1e6:.1f} MB")
 
 
 @app.command()
@@ -91,7 +95,7 @@ def prune(
 
     Example: martlet store prune --older-than 30
     """
-    from pipeline.inventory import SHOWN, forget_release, prunable, unused
+    from pipeline.inventory import forget_release, prunable, unused
     from pipeline.inventory import prune as remove
 
     if older_than is None and keep is None:
@@ -107,6 +111,7 @@ def prune(
         print(json.dumps({"removed": yes, "bytes": freed, "artifacts": names}))
         return
     for entry in chosen:
-        print(f"{entry.stage}/{entry.key[:SHOWN]}  {entry.bytes / 1e6:.1f} MB")
+        note = "" if entry.state == "finished" else f" ({entry.state})"
+        print(f"{entry.stage}/{entry.shown}{note}  {entry.bytes / 1e6:.1f} MB")
     what = "removed" if yes else "would go; give --yes to remove them"
     print(f"{store}: {len(chosen)} artifacts, {freed / 1e6:.1f} MB {what}")

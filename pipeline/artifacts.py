@@ -33,6 +33,8 @@ RELEASES = "releases"
 """Folder of a store that says which artifacts releases were laid out from."""
 RELEASE_KEYS = ("release", "artifacts")
 """Keys of such a record."""
+QUARANTINE = "quarantine"
+"""Folder of a store for what was found damaged."""
 IN_USE = "in-use.lock"
 """File of a store that runs hold locked together, and pruning alone."""
 LONGEST_NAME, LONGEST_PATH = 255, 1024
@@ -328,7 +330,7 @@ class Store:
             with contextlib.suppress(OSError):
                 os.utime(final)  # the folder's time says when it was last used
             return Artifact(stage, final.name, manifest["digest"], final, manifest["seconds"], cached=True)
-        quarantine = self.root / "quarantine" / f"{stage}-{final.name}-{time.time_ns()}"
+        quarantine = self.root / QUARANTINE / f"{stage}-{final.name}-{time.time_ns()}"
         quarantine.parent.mkdir(parents=True, exist_ok=True)
         final.rename(quarantine)
         self.report(f"warning: {stage}: {problem}; put aside in {quarantine} and made anew")

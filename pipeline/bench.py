@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ import numpy as np
 from export.processes import run_logged
 from pipeline import cgroups
 from pipeline.artifacts import Artifact, Store, locked, write_json
+from pipeline.bench_worker import CpuPressure
 from pipeline.errors import UserError
 from pipeline.profiles import Profile, load_profile
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe
 
 STAGE = "device"
-VERSION = 5
+VERSION = 6
 SWEPT = (
     "threads",
     "prefill_tokens_per_s",
@@ -29,8 +31,12 @@ SWEPT = (
     "decode_tokens_per_s",
     "decode_std",
     "processors_busy",
+    "reliable",
 )
 """What is kept of a measurement with another number of threads."""
+
+MOMENT_S = 2.0
+"""Seconds over which the machine is watched before a file is run within a profile."""
 
 
 def run(store: Store, recipe: Recipe, exported: Artifact, text: Artifact) -> Artifact:
@@ -39,8 +45,9 @@ def run(store: Store, recipe: Recipe, exported: Artifact, text: Artifact) -> Art
     Returns:
         ``device.json``: one entry a file, the keys of ``bench_worker.measure`` with file, format,
         quantization and bytes; cold_start (of ``measure_cold_start``, or null), thread_sweep (a list of
-        the keys SWEPT and reliable) and depths (of ``measure_depths``). ``reliable`` is false where tasks
-        waited for the CPU more than ``bench.max_cpu_pressure`` allows, or the kernel cannot tell.
+        the keys SWEPT), depths (of ``measure_depths``) and profiles. ``reliable``, of the file and
+        of each of these, is false where tasks waited for the CPU more than ``bench.max_cpu_pressure`` allows,
+        or the kernel cannot tell.
 
     Raises:
         UserError: a file cannot be run, or the held-out text is shorter than the prompt.
@@ -77,24 +84,26 @@ def run(store: Store, recipe: Recipe, exported: Artifact, text: Artifact) -> Art
                 request = {**file, "kind": kind, "threads": threads, "timeout_s": section.timeout_s, **values}
                 return _measure(request, work, log)
 
-            measured = ask("speed", section.threads, **speed)
+            def judged(found: dict[str, Any], key: str = "cpu_pressure") -> dict[str, Any]:
+                return {**found, "reliable": is_reliable(found[key], section.max_cpu_pressure)}
+
+            measured = judged(ask("speed", section.threads, **speed))
             sweep = []
             for threads in section.thread_sweep:
-                at_threads = ask("speed", threads, **speed)
-                reliable = is_reliable(at_threads["cpu_pressure"], section.max_cpu_pressure)
-                sweep.append({**{key: at_threads[key] for key in SWEPT}, "reliable": reliable})
+                at_threads = judged(ask("speed", threads, **speed))
+                sweep.append({key: at_threads[key] for key in SWEPT})
             depths: list[dict[str, Any]] = []
             if section.depths:
                 filling = {"text": held_out[: max(1, *section.depths)].tolist(), "depths": section.depths}
                 counts = {key: speed[key] for key in ("generated_tokens", "repetitions", "settle_s")}
-                depths = ask("depths", section.threads, **filling, **counts)
-            cold = ask("cold_start", section.threads, prompt=prompt) if section.cold_start else None
-            under = [
-                _under_profile(
-                    profile, {**file, "timeout_s": section.timeout_s}, held_out.tolist(), work, log
-                )
-                for profile in profiles
-            ]
+                depths = [judged(found) for found in ask("depths", section.threads, **filling, **counts)]
+            cold = judged(ask("cold_start", section.threads, prompt=prompt)) if section.cold_start else None
+            under = []
+            for profile in profiles:
+                # Before, not within: what waits for the budget's own share of a processor counts, too.
+                quiet = judged({"cpu_pressure_before": pressure_of_a_moment()}, "cpu_pressure_before")
+                request = {**file, "timeout_s": section.timeout_s}
+                under.append(_under_profile(profile, request, held_out.tolist(), work, log) | quiet)
             results.append(
                 {
                     "file": Path(entry["path"]).name,
@@ -104,7 +113,6 @@ def run(store: Store, recipe: Recipe, exported: Artifact, text: Artifact) -> Art
                     "thread_sweep": sweep,
                     "depths": depths,
                     "profiles": under,
-                    "reliable": is_reliable(measured["cpu_pressure"], section.max_cpu_pressure),
                 }
             )
         write_json(output / "device.json", results)
@@ -128,6 +136,13 @@ def alone_on_this_machine(store: Store) -> Iterator[None]:
     path = Path(tempfile.gettempdir()) / f"martlet-benchmark-{os.getuid()}.lock"
     with locked(path, "waiting: another run is measuring on this machine", store.report):
         yield
+
+
+def pressure_of_a_moment() -> float | None:
+    """Per cent of ``MOMENT_S`` seconds from now in which some task of the machine waited for a processor."""
+    pressure = CpuPressure()
+    time.sleep(MOMENT_S)
+    return pressure.per_cent()
 
 
 def is_reliable(cpu_pressure: float | None, max_cpu_pressure: float) -> bool:

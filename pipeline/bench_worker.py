@@ -149,13 +149,14 @@ def measure_depths(
         depths: tokens in the cache before decoding starts; at 0 a single one is there.
 
     Returns:
-        For each depth {depth, decode_tokens_per_s, decode_std}.
+        For each depth {depth, decode_tokens_per_s, decode_std, cpu_pressure}, the last as of ``measure``.
     """
     runtime = runtime_class(file)(file, threads, max(1, *depths) + generated_tokens + 1)
     found = []
     for depth in depths:
         filling = (text * (depth // len(text) + 1))[: max(1, depth)]
         rates = []
+        pressure = CpuPressure()
         for repetition in range(repetitions + 1):
             runtime.reset()
             token_id = int(runtime.prefill(filling).argmax())
@@ -164,6 +165,7 @@ def measure_depths(
                 token_id = int(runtime.decode(token_id).argmax())
             if repetition == 0:
                 time.sleep(settle_s)
+                pressure = CpuPressure()
             else:
                 rates.append(generated_tokens / (time.perf_counter() - started))
         found.append(
@@ -171,6 +173,7 @@ def measure_depths(
                 "depth": depth,
                 "decode_tokens_per_s": statistics.mean(rates),
                 "decode_std": statistics.stdev(rates) if len(rates) > 1 else 0.0,
+                "cpu_pressure": pressure.per_cent(),
             }
         )
     runtime.close()
@@ -183,17 +186,19 @@ def measure_cold_start(file: Path, prompt: list[int], threads: int) -> dict[str,
     Returns:
         load_s and first_token_s, both from the start; read_bytes, what the process had the disk read for it
         (null where the kernel does not tell); cold, whether that is at least half of the file: some file
-        systems keep their pages whatever one asks.
+        systems keep their pages whatever one asks; cpu_pressure, as of ``measure``.
     """
     open_file = runtime_class(file)
     evict(file)
     size = sum(path.stat().st_size for path in files_of(file))
     before = disk_bytes()
+    pressure = CpuPressure()
     started = time.perf_counter()
     runtime = open_file(file, threads, len(prompt) + 1)
     loaded = time.perf_counter()
     runtime.prefill(prompt).argmax()
     first = time.perf_counter()
+    waited = pressure.per_cent()
     after = disk_bytes()
     runtime.close()
     read = None if before is None or after is None else after - before
@@ -202,6 +207,7 @@ def measure_cold_start(file: Path, prompt: list[int], threads: int) -> dict[str,
         "first_token_s": first - started,
         "read_bytes": read,
         "cold": read is not None and read >= size / 2,
+        "cpu_pressure": waited,
     }
 
 
@@ -249,6 +255,20 @@ def disk_bytes() -> int | None:
         return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes:"))
     except (OSError, StopIteration, ValueError):
         return None
+
+
+class CpuPressure:
+    """Per cent of the time since it was made in which some task of the machine waited for a processor."""
+
+    def __init__(self) -> None:
+        self._stalled, self._began = cpu_stall_seconds(), time.perf_counter()
+
+    def per_cent(self) -> float | None:
+        """None where the kernel does not count it."""
+        stalled = cpu_stall_seconds()
+        if stalled is None or self._stalled is None:
+            return None
+        return min(100.0, 100 * (stalled - self._stalled) / (time.perf_counter() - self._began))
 
 
 def cpu_stall_seconds() -> float | None:

@@ -80,7 +80,7 @@ def _parents(memory_bytes: int, processors: float) -> list[tuple[Path, dict[str,
             "memory.swap.max": 0,
             "cpu.max": f"{quota} {PERIOD_US}",
         }
-        return [(_below(mounts[""], memberships[""]), both)]
+        return [(_delegating(_below(mounts[""], memberships[""]), mounts[""]), both)]
     raise Unavailable("no memory and cpu controllers are mounted")
 
 
@@ -88,6 +88,29 @@ def _below(mount: Path, path: str) -> Path:
     """A membership's folder; in a container the path may begin above what is mounted."""
     folder = mount / path.lstrip("/")
     return folder if folder.is_dir() else mount
+
+
+def _delegating(group: Path, mount: Path) -> Path:
+    """The nearest group of version 2, this process's own or one above, whose children may have both
+    controllers. The kernel gives a group with processes in it no controllers for children, so that it mostly
+    is the one above.
+
+    Raises:
+        Unavailable: there is none, and none can be made so.
+    """
+    for candidate in [group, *group.parents]:
+        control = candidate / "cgroup.subtree_control"
+        try:
+            if not {"memory", "cpu"} <= set(control.read_text(encoding="ascii").split()):
+                control.write_text("+memory +cpu", encoding="ascii")
+            return candidate
+        except OSError:
+            if candidate == mount:
+                break
+    raise Unavailable(
+        f"no group from {group} upwards lets its children have the controllers memory and cpu; with systemd, "
+        "start it by systemd-run --user --scope --property Delegate=yes"
+    )
 
 
 def _remove(group: Path) -> None:

@@ -6,11 +6,13 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.licences import check_licences
+from pipeline.profiles import load_profile
 from pipeline.recipe import CALIBRATION, Recipe
 
 
 def check_recipe(recipe: Recipe, path: Path) -> None:
-    """Local files, folders and packages that a recipe names are there, and its licences go together.
+    """Local files, folders and packages that a recipe names are there, its device profiles are sound, and its
+    licences go together.
 
     Args:
         recipe: the recipe as it was read.
@@ -28,6 +30,11 @@ def check_recipe(recipe: Recipe, path: Path) -> None:
     for key, source in sources:
         if ":" not in source and not Path(source).exists():
             raise UserError(f"{path}: {key}: {source}: no such file.")
+    for profile in recipe.bench.profiles:
+        try:
+            load_profile(Path(profile))
+        except UserError as error:
+            raise UserError(f"{path}: bench.profiles: {error}") from None
     for name in recipe.report_to:
         if importlib.util.find_spec(name) is None:
             raise UserError(

@@ -124,6 +124,9 @@ def answered_conversations() -> list[Messages]:
     ]
 
 
+COMPLETED = "Once upon a time"
+"""Plain text to be continued, by which the special tokens that a program adds are seen."""
+
 ChatIds = dict[str, list[list[int] | None]]
 """Of "False" and "True" (with generation prompt), the token ids of each fixed conversation; None where the
 model's template refuses it (many know no system message)."""

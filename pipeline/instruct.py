@@ -10,11 +10,13 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
+from export.adapters import MERGED_KL
 from export.runtime import generate_greedily
-from export.torch_runtime import TorchRuntime
+from export.torch_runtime import TorchRuntime, load_in_torch
 from pipeline.artifacts import Artifact, Store, write_json
 from pipeline.chat_template import render_with_mask
 from pipeline.conversations import SAMPLE_TOKENS, held_out_prompts
+from pipeline.errors import GateFailed
 from pipeline.fidelity import Fidelity
 from pipeline.models import load_model, load_tokenizer, save_model
 from pipeline.recipe import Recipe
@@ -38,6 +40,7 @@ def run(store: Store, recipe: Recipe, teacher: Artifact, student: Artifact, chat
 
     Raises:
         UserError: training diverges.
+        GateFailed: the saved model is not the tuned model with its adapter apart.
     """
     section = recipe.instruct
 
@@ -94,11 +97,14 @@ def run(store: Store, recipe: Recipe, teacher: Artifact, student: Artifact, chat
         rows = [input_ids for input_ids, _ in held_out[:MERGE_ROWS]] if lora is not None else []
         unmerged = [logits_of(adapted, row) for row in rows]
         tuned = adapted.merge_and_unload() if lora is not None else model
-        merge = loss_of_merging(tuned, rows, unmerged) if lora is not None else None
         tuned.requires_grad_(True)
         store.report("instruct: evaluating on held-out chats after")
         after = evaluate(tuned, reference, held_out)
         save_model(tuned, tokenizer, output / "model", generation_config)
+        merge = None
+        if lora is not None:
+            merge = loss_of_merging(load_in_torch(output / "model"), rows, unmerged)
+            require_merged(merge)
         write_json(output / "curve.json", curve_of(trainer.state.log_history))
         write_json(output / "evaluation.json", {"before": before, "after": after, "merge": merge})
         del trainer, model, tuned, reference
@@ -187,6 +193,19 @@ def loss_of_merging(merged: Any, rows: list[list[int]], unmerged: list[np.ndarra
     for row, expected in zip(rows, unmerged, strict=True):
         fidelity.add(expected[:-1], logits_of(merged, row)[:-1], np.array(row[1:]))
     return fidelity.statistics()
+
+
+def require_merged(merge: dict[str, float]) -> None:
+    """The gate of the first hop.
+
+    Raises:
+        GateFailed: by ``loss_of_merging`` the saved model is another one.
+    """
+    if not merge["mean_kl"] <= MERGED_KL:
+        raise GateFailed(
+            f"instruct: gate merge: mean KL {merge['mean_kl']:.4g} between the model with its adapter apart "
+            f"and the merged one as saved, the threshold is at most {MERGED_KL:g}."
+        )
 
 
 def greedy_answers(

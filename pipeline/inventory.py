@@ -8,11 +8,12 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.artifacts import (
     IN_USE,
     MANIFEST,
+    QUARANTINE,
     RELEASE_KEYS,
     RELEASES,
     damage,
@@ -22,17 +23,24 @@ from pipeline.artifacts import (
 from pipeline.errors import UserError
 
 KEY_LENGTH = 64
+UNFINISHED = (".work", ".partial")
+"""What follows a key in the names of folders of a stage that is not finished."""
+
 SHOWN = 12
 """Digits of a key that are shown; as many or more name an artifact."""
 
 
+State = Literal["finished", "unfinished", "damaged"]
+
+
 @dataclass(frozen=True)
 class Entry:
-    """A finished artifact.
+    """A finished artifact, or what is left of one.
 
     Attributes:
         path: its folder.
-        manifest: what its ``artifact.json`` says; empty where that cannot be read.
+        state: "finished"; "unfinished", what an interrupted stage goes on from; "damaged", put aside.
+        manifest: what its ``artifact.json`` says; empty where that cannot be read, or it is not finished.
         bytes: size of all its files.
         made: when it was made, seconds since the epoch.
         used: when a run last took it, likewise.
@@ -40,6 +48,7 @@ class Entry:
     """
 
     path: Path
+    state: State
     manifest: Mapping[str, Any]
     bytes: int
     made: float
@@ -53,6 +62,12 @@ class Entry:
     @property
     def key(self) -> str:
         return self.path.name
+
+    @property
+    def shown(self) -> str:
+        """The key as lists show it, short; of what was put aside after its stage."""
+        stage, _, key = self.key.rpartition("-")[0].rpartition("-")
+        return f"{stage}-{key[:SHOWN]}" if stage else self.key[:SHOWN]
 
 
 def entries(store: Path) -> list[Entry]:
@@ -69,18 +84,31 @@ def entries(store: Path) -> list[Entry]:
     found = []
     for path, manifest in manifests.items():
         mark = path / MANIFEST if (path / MANIFEST).exists() else path
-        sizes = [file.stat().st_size for file in path.rglob("*") if file.is_file()]
         found.append(
             Entry(
                 path,
+                "finished",
                 manifest,
-                sum(sizes),
+                _size(path),
                 mark.stat().st_mtime,
                 max(mark.stat().st_mtime, path.stat().st_mtime),
                 tuple(sorted(needed.get(path, ()))),
             )
         )
     return sorted(found, key=lambda entry: (entry.stage, entry.made, entry.key))
+
+
+def leftovers(store: Path) -> list[Entry]:
+    """What a store holds beside finished artifacts, the oldest first: work of stages that were interrupted or
+    failed, and folders that were put aside because they were damaged."""
+
+    def entry(path: Path, state: State) -> Entry:
+        times = [file.stat().st_mtime for file in (path, *path.rglob("*"))]
+        return Entry(path, state, {}, _size(path), min(times), max(times), ())
+
+    found = [entry(path, "unfinished") for ending in UNFINISHED for path in store.glob(f"*/*{ending}")]
+    found += [entry(path, "damaged") for path in store.glob(f"{QUARANTINE}/*")]
+    return sorted(found, key=lambda each: (each.used, each.key))
 
 
 def find(store: Path, name: str) -> Entry:
@@ -115,7 +143,7 @@ def explain(store: Path, entry: Entry) -> list[str]:
     """
     everything = entries(store)
     lines = []
-    damaged = sorted((store / "quarantine").glob(f"{entry.stage}-{entry.key}-*"))
+    damaged = sorted((store / QUARANTINE).glob(f"{entry.stage}-{entry.key}-*"))
     if damaged:
         lines.append(f"{_name(entry)} had been damaged; what was found is in {damaged[-1]}")
     lines += list(_differences(entry, everything, set()))
@@ -125,13 +153,13 @@ def explain(store: Path, entry: Entry) -> list[str]:
 def prunable(
     store: Path, older_than: float | None = None, keep_bytes: int | None = None, now: float | None = None
 ) -> list[Entry]:
-    """The artifacts that may go: unused for longer than an age, and of the rest the longest unused ones until
-    the store is small enough. What a release was laid out from, directly or through inputs, never goes.
+    """What may go, artifacts and leftovers: unused for longer than an age, and of the rest the longest unused
+    until the store is small enough. What a release was laid out from, directly or through inputs, never goes.
 
     Args:
         store: the store.
         older_than: seconds since the last use.
-        keep_bytes: size that the finished artifacts should not exceed.
+        keep_bytes: size that all of it together should not exceed.
         now: seconds since the epoch; the present by default.
 
     Raises:
@@ -151,6 +179,7 @@ def prunable(
                 f"{entry.path / MANIFEST}: is missing or damaged, so what {entry.needed_by[0]} needs is not "
                 "known; ship that release again, which makes it anew, or give --forget."
             )
+    everything += leftovers(store)
     free = sorted((e for e in everything if not e.needed_by), key=lambda entry: entry.used)
     chosen = [e for e in free if older_than is not None and now - e.used > older_than]
     if keep_bytes is not None:
@@ -183,22 +212,31 @@ def unused(store: Path) -> Iterator[None]:
 
 
 def prune(store: Path, chosen: Iterable[Entry]) -> int:
-    """Removes artifacts, except those that are being made this moment. Call it within ``unused``.
+    """Removes what was chosen, except artifacts that are being made this moment. Call it within ``unused``.
 
     Returns:
         Bytes that were freed.
     """
     freed = 0
     for entry in chosen:
-        with entry.path.with_name(entry.key + ".lock").open("w") as lock:
+        if entry.state == "damaged":  # nothing is ever made under its name
+            shutil.rmtree(entry.path)
+            freed += entry.bytes
+            continue
+        key = entry.key[:KEY_LENGTH]
+        with entry.path.with_name(f"{key}.lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue
-            # Under its final name an artifact is whole or absent, so it loses the name first.
-            doomed = entry.path.with_name(entry.key + ".partial")
-            shutil.rmtree(doomed, ignore_errors=True)
-            entry.path.rename(doomed)
+            if not entry.path.exists():  # it went with the artifact of its key
+                continue
+            doomed = entry.path
+            if entry.state == "finished":
+                # Under its final name an artifact is whole or absent, so it loses the name first.
+                doomed = entry.path.with_name(f"{key}.partial")
+                shutil.rmtree(doomed, ignore_errors=True)
+                entry.path.rename(doomed)
             shutil.rmtree(doomed)
             freed += entry.bytes
     return freed
@@ -227,6 +265,10 @@ def problems(store: Path) -> list[str]:
     """
     found = [problem for entry in entries(store) if (problem := damage(entry.path)) is not None]
     return found + [f"{path} is damaged" for path, record in _records(store) if not record]
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _require(store: Path) -> None:

@@ -17,13 +17,13 @@ from export.quantizations import MLC
 from export.runtime import ChatReader
 from export.torch_runtime import TransformersReader
 from pipeline.artifacts import Artifact, Store, write_json
-from pipeline.conversations import ChatIds, chat_ids_of, reference_chat_ids
+from pipeline.conversations import COMPLETED, ChatIds, chat_ids_of, reference_chat_ids
 from pipeline.errors import UserError
 from pipeline.exports import FORMATS
 from pipeline.recipe import Recipe
 
 STAGE = "preflight"
-VERSION = 2
+VERSION = 3
 
 
 def run(store: Store, recipe: Recipe, student: Artifact) -> Artifact:
@@ -130,7 +130,7 @@ def problems(
             return GenaiTokenizer(folder)
 
         try:
-            expected = _expected_ids(model_dir, chats)
+            expected, completed = _expected_ids(model_dir, chats)
         except ExportError as error:
             return [f"export: no format can hold the model: {error}"]
         found = []
@@ -143,6 +143,7 @@ def problems(
             try:
                 reader = openers[name]()
                 differing = _first_difference(reader, expected)
+                continued = reader.completion_ids(COMPLETED)
             except ExportError as error:
                 found.append(f"export.{name}: {error}")
                 continue
@@ -153,6 +154,12 @@ def problems(
                 found.append(
                     f"export.{name}: {reader.name} makes other token ids of the fixed conversations than "
                     f"transformers, first of number {differing}; {remedy}."
+                )
+            elif continued not in (None, completed):
+                found.append(
+                    f"export.{name}: {reader.name} makes the token ids {continued} of plain text to be "
+                    f"continued, transformers {completed}; let add_bos_token and add_eos_token of the "
+                    "model's tokenizer_config.json say what its tokenizer.json does."
                 )
         return found
 
@@ -180,7 +187,8 @@ def _with_few_small_layers(model_dir: Path, folder: Path) -> Path | None:
     return folder
 
 
-def _expected_ids(model_dir: Path, chats: bool) -> ChatIds:
+def _expected_ids(model_dir: Path, chats: bool) -> tuple[ChatIds, list[int]]:
+    """What transformers makes of the fixed conversations and of ``COMPLETED``."""
     reader = TransformersReader(model_dir)
     config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     rows = config.get("text_config", config).get("vocab_size", math.inf)
@@ -190,9 +198,10 @@ def _expected_ids(model_dir: Path, chats: bool) -> ChatIds:
             f"{model_dir / 'tokenizer.json'}: has token ids up to {highest}, but config.json a vocab_size of "
             f"{rows}; add rows to the embedding."
         )
+    completed = reader.completion_ids(COMPLETED)
     if not chats and not reader.tokenizer.chat_template:
-        return {}
-    return reference_chat_ids(reader)
+        return {}, completed
+    return reference_chat_ids(reader), completed
 
 
 def _first_difference(reader: ChatReader, expected: ChatIds) -> int | None:

@@ -199,6 +199,12 @@ def notes(facts: dict[str, Any]) -> list[str]:
             f"The machine was busy while {len(unreliable)} of {len(facts['device'])} files were timed: "
             "their speeds are not to be trusted."
         )
+    outside: dict[str, list[str]] = {}
+    for entry in facts["device"]:
+        for found in entry["profiles"]:
+            if found["status"] == "failed":
+                outside.setdefault(found["profile"], []).append(f"{entry['format']} {entry['quantization']}")
+    sentences.extend(f"{', '.join(files)} failed within {name}." for name, files in outside.items())
     sentences.extend(
         f"{entry['file']} did not run as it was asked to ({'; '.join(entry['backend']['fallbacks'])}): its "
         "speed is that of the fallback."

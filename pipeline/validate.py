@@ -27,8 +27,8 @@ from pipeline.progress import Progress
 from pipeline.recipe import Recipe, Thresholds
 
 STAGE = "fidelity"
-VERSION = 6
-REFERENCE_VERSION = 2
+VERSION = 7
+REFERENCE_VERSION = 3
 HELD_OUT_CHATS = 8
 ANSWERS = "unquantized-answers"
 ENDED_FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -303,6 +303,12 @@ def missed_gates(
             "bos",
             f"a conversation begins with {measured['leading_bos']} BOS tokens, the model's with "
             f"{measured['reference_leading_bos']}",
+        )
+    if measured["completion_ids"] not in (None, measured["reference_completion_ids"]):
+        missed(
+            "completion",
+            f"plain text to be continued becomes the token ids {measured['completion_ids']}, in the model "
+            f"{measured['reference_completion_ids']}",
         )
     if not measured["stops_at_end_of_turn"]:
         missed(

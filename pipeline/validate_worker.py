@@ -17,7 +17,13 @@ from export.generation import differences
 from export.runtime import ChatReader, Message, Runtime, generate_greedily, open_runtime
 from pipeline.artifacts import write_json
 from pipeline.bench_worker import without_torch
-from pipeline.conversations import SAMPLE_TOKENS, answered_conversations, chat_ids_of, reference_chat_ids
+from pipeline.conversations import (
+    COMPLETED,
+    SAMPLE_TOKENS,
+    answered_conversations,
+    chat_ids_of,
+    reference_chat_ids,
+)
 from pipeline.fidelity import Fidelity
 
 CHUNK = 256
@@ -46,7 +52,7 @@ def facts(runtime: Runtime) -> dict[str, Any]:
         stops: after how many tokens of each answered conversation's answer generation would end (None:
         never); end_of_turn_ids; those of them that are text (``text_end_of_turn_ids``), which would cut
         answers short; eos_token_id; vocabulary_size; context_length; generation
-        (``export.generation.Stated``).
+        (``export.generation.Stated``); completion_ids of ``COMPLETED``.
     """
     ends = [int(token_id) for token_id in runtime.end_of_turn_ids]
     stops: list[int | None] = []
@@ -62,6 +68,7 @@ def facts(runtime: Runtime) -> dict[str, Any]:
         "vocabulary_size": runtime.vocabulary_size,
         "context_length": runtime.trained_context_length,
         "generation": runtime.generation_defaults,
+        "completion_ids": runtime.completion_ids(COMPLETED),
     }
 
 
@@ -181,6 +188,8 @@ def judge(
         "leading_bos": bos_differs[0][1] if bos_differs else None,
         "reference_leading_bos": bos_differs[0][0] if bos_differs else None,
         "bos_equal": not bos_differs,
+        "completion_ids": found["completion_ids"],
+        "reference_completion_ids": reference["completion_ids"],
         "stops_at_end_of_turn": (
             set(reference["end_of_turn_ids"]) <= set(found["end_of_turn_ids"])
             and set(found["text_end_of_turn_ids"]) <= set(reference["end_of_turn_ids"])

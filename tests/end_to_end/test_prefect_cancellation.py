@@ -1,4 +1,5 @@
-"""A run that is cancelled through Prefect's server: its child processes end, and the next run goes on."""
+"""Runs of a Prefect worker that are killed, or cancelled through the server: their child processes end, and
+the next run goes on."""
 
 import json
 import subprocess
@@ -28,7 +29,7 @@ def wait_until(what: Callable[[], Any], seconds: float, log: Path) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_cancelling_ends_child_processes_and_loses_nothing(
+def test_killing_and_cancelling_end_child_processes_and_lose_nothing(
     tiny_recipe: dict[str, Any], write_recipe: Callable[[dict[str, Any]], Path], tmp_path: Path
 ) -> None:
     port = free_port()
@@ -50,19 +51,28 @@ def test_cancelling_ends_child_processes_and_loses_nothing(
         prefect("work-pool", "create", "martlet", "--type", "process")
         prefect("--no-prompt", "deploy", "--all")
         with running(worker_command, environment, worker_log) as worker:
-            prefect(
-                *("deployment", "run", DEPLOYMENT, "--param", f"recipe={path}"),
-                *("--param", f"store={store}", "--param", f"release={tmp_path / 'release'}"),
-            )
 
             def measuring() -> list[psutil.Process]:
                 found = psutil.Process(worker.pid).children(recursive=True)
                 return [each for each in found if "pipeline.bench_worker" in command_of(each)]
 
-            (process,) = wait_until(measuring, 900, worker_log)
-            (run,) = json.loads(prefect("flow-run", "ls", "--output", "json"))
+            def start() -> psutil.Process:
+                prefect(
+                    *("deployment", "run", DEPLOYMENT, "--param", f"recipe={path}"),
+                    *("--param", f"store={store}", "--param", f"release={tmp_path / 'release'}"),
+                )
+                (process,) = wait_until(measuring, 900, worker_log)
+                return process
+
+            process = start()
+            flow = process.parent()
+            assert flow is not None
+            flow.kill()
+            wait_until(lambda: not lives(process), 15, worker_log)
+            process = start()
+            (run,) = json.loads(prefect("flow-run", "ls", "--state", "Running", "--output", "json"))
             prefect("flow-run", "cancel", run["id"])
-            wait_until(lambda: not process.is_running(), 30, worker_log)
+            wait_until(lambda: not lives(process), 30, worker_log)
             state = wait_until(
                 lambda: "CANCELLED" in prefect("flow-run", "inspect", run["id"], "--output", "json"),
                 90,
@@ -80,3 +90,10 @@ def command_of(process: psutil.Process) -> str:
         return " ".join(process.cmdline())
     except psutil.Error:
         return ""
+
+
+def lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False

@@ -184,6 +184,14 @@ GGUF: dict[str, tuple[Mutation, str]] = {
         gguf_metadata("tokenizer.chat_template", lambda template: "{{ bos_token }}" + template),
         "bos",
     ),
+    "BOS before plain text": (
+        gguf_metadata("tokenizer.ggml.add_bos_token", lambda add: True, gguf.GGUFValueType.BOOL),
+        "completion",
+    ),
+    "EOS after plain text": (
+        gguf_metadata("tokenizer.ggml.add_eos_token", lambda add: True, gguf.GGUFValueType.BOOL),
+        "completion",
+    ),
     "template without its last line break": (
         gguf_metadata("tokenizer.chat_template", lambda t: t.replace("'<|im_end|>' + '\n'", "'<|im_end|>'")),
         "token_ids",
@@ -290,6 +298,17 @@ def swap_tokenizer_tokens(content: dict[str, Any]) -> None:
     vocabulary[names[300]], vocabulary[names[301]] = 301, 300
 
 
+def begin_with_bos(content: dict[str, Any]) -> None:
+    bos = {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [bos, text],
+        "pair": [bos, text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}},
+    }
+
+
 DIGITS_AND_BYTES = {
     "type": "Sequence",
     "pretokenizers": [
@@ -377,6 +396,7 @@ ONNX: dict[str, tuple[Mutation, str]] = {
     ),
     "no template": (json_file("tokenizer_config.json", without("chat_template")), "runs"),
     "two tokens swapped": (json_file("tokenizer.json", swap_tokenizer_tokens), "token_ids"),
+    "BOS before plain text": (json_file("tokenizer.json", begin_with_bos), "completion"),
     "lower-cased text": (
         json_file("tokenizer.json", set_to("normalizer", {"type": "Lowercase"})),
         "token_ids",

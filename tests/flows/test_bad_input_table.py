@@ -351,6 +351,21 @@ TABLE = (
         101,
         "bench.max_cpu_pressure: input should be less than or equal to 100, not 101.",
     ),
+    key(
+        "bench.profiles",
+        ["none.yaml"],
+        "bench.profiles: {here}/none.yaml: cannot be read ([Errno 2] No such file or directory: '{here}/none.yaml'); give the path of a device profile.",
+    ),
+    Case(
+        "{here}/recipe.yaml: bench.profiles: {here}/small.yaml: memory_mb: Input should be greater than or equal to 16; profiles/ has examples.",
+        set=(("bench.profiles", ["small.yaml"]),),
+        files=(
+            (
+                "small.yaml",
+                "name: small\nmemory_mb: 1\nprocessors: 1\nthreads: 1\nmin_decode_tokens_per_s: 1\n",
+            ),
+        ),
+    ),
     Case("{here}/recipe.yaml: a recipe is a mapping of keys to values; this file holds none.", recipe=""),
     Case(
         "{here}/recipe.yaml: a recipe is a mapping of keys to values; this file holds none.",

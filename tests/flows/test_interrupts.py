@@ -18,7 +18,7 @@ from shipping import (
     what_it_is,
 )
 
-from flows.interrupts import INTERRUPTED
+from flows.interrupts import INTERRUPTED, leashed_children
 from pipeline import release as release_stage
 
 
@@ -89,3 +89,13 @@ def test_two_runs_at_once_share(
         "two",
     ]
     assert_store_is_whole(tmp_path / "store")
+
+
+def test_a_leash_within_a_leash_is_the_same() -> None:
+    """The command holds one, and the flow that it runs would."""
+    with leashed_children():
+        name = os.environ["MARTLET_RUN"]
+        with leashed_children():
+            assert os.environ["MARTLET_RUN"] == name
+        assert os.environ["MARTLET_RUN"] == name
+    assert "MARTLET_RUN" not in os.environ

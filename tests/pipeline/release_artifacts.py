@@ -301,6 +301,8 @@ def _add_format(add: Any, format: str, entries: list[tuple[str, str, str, int, f
                     "first_token_s": 1.7,
                     "read_bytes": size * 1_000,
                     "cold": format != "mlc",
+                    "cpu_pressure": 1.5,
+                    "reliable": True,
                 },
                 "thread_sweep": [
                     {
@@ -322,9 +324,19 @@ def _add_format(add: Any, format: str, entries: list[tuple[str, str, str, int, f
                         "reason": "It needs more than 768 MB and was killed." if format == "onnx" else None,
                         "first_token_s": None if format == "onnx" else 2.1,
                         "decode_tokens_per_s": None if format == "onnx" else speed,
+                        "cpu_pressure_before": 2.5,
+                        "reliable": True,
                     }
                 ],
-                "depths": [{"depth": 512, "decode_tokens_per_s": speed * 0.8, "decode_std": 0.4}],
+                "depths": [
+                    {
+                        "depth": 512,
+                        "decode_tokens_per_s": speed * 0.8,
+                        "decode_std": 0.4,
+                        "cpu_pressure": 1.5,
+                        "reliable": True,
+                    }
+                ],
                 "reliable": True,
             }
         )

@@ -2,7 +2,9 @@
 
 import json
 import os
+import queue
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -105,6 +107,27 @@ def test_a_file_is_measured_once(inputs: dict[str, Any]) -> None:
     assert again.cached
 
 
+def test_a_second_run_on_this_machine_waits_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs with different stores, too: two would measure each other."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    said: queue.Queue[str] = queue.Queue()
+    entered = threading.Event()
+
+    def second() -> None:
+        with bench.alone_on_this_machine(Store(tmp_path / "other", said.put)):
+            entered.set()
+
+    waiting = threading.Thread(target=second)
+    with bench.alone_on_this_machine(Store(tmp_path / "store", pytest.fail)):
+        waiting.start()
+        assert said.get(timeout=20) == "waiting: another run is measuring on this machine"
+        assert not entered.is_set()
+    waiting.join(20)
+    assert entered.is_set()
+
+
 @pytest.mark.parametrize(
     ("pressure", "limit", "reliable"), [(30.0, 30.0, True), (30.1, 30.0, False), (None, 100.0, False)]
 )
@@ -142,6 +165,8 @@ def test_sweep_depths_and_cold_start_are_measured_when_asked_for(inputs: dict[st
     assert 0 < cold["load_s"] < cold["first_token_s"]
     if cold["cold"]:
         assert cold["read_bytes"] > 1_000_000
+    for timed in [cold, *entry["depths"]]:
+        assert timed["reliable"] is (timed["cpu_pressure"] is not None)
 
 
 @pytest.fixture
@@ -170,6 +195,8 @@ def test_profiles_decide_by_what_a_file_does_within_them(
     _, (entry,) = run(inputs, recipe(profiles=paths, repetitions=1, cold_start=False))
     found = {result["profile"]: result for result in entry["profiles"]}
     assert found["enough"]["status"] == "passed"
+    for result in found.values():
+        assert result["reliable"] is (result["cpu_pressure_before"] is not None)
     assert found["enough"]["first_token_s"] > 0
     assert found["slow"]["status"] == "failed"
     assert "at least 1e+09 are asked for" in found["slow"]["reason"]

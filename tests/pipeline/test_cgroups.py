@@ -48,14 +48,42 @@ def test_where_groups_cannot_be_made_it_is_said(tmp_path: Path, monkeypatch: pyt
         pass
 
 
-def test_version_2_writes_its_own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a folder in place of the kernel's: which files a group needs, and what is said without them."""
-    (tmp_path / "mounts").write_text(f"cgroup2 {tmp_path} cgroup2 rw 0 0\n")
-    (tmp_path / "cgroup").write_text("0::/\n")
+@pytest.fixture
+def version_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in place of the kernel's file system, and this process in the group app/run of it."""
+    root = tmp_path / "groups"
+    for group in (root, root / "app", root / "app" / "run"):
+        group.mkdir()
+        (group / "cgroup.subtree_control").write_text("")
+    (tmp_path / "mounts").write_text(f"cgroup2 {root} cgroup2 rw 0 0\n")
+    (tmp_path / "cgroup").write_text("0::/app/run\n")
     monkeypatch.setattr(cgroups, "MOUNTS", tmp_path / "mounts")
     monkeypatch.setattr(cgroups, "MEMBERSHIP", tmp_path / "cgroup")
+    return root
+
+
+def test_version_2_writes_its_own_files(version_2: Path) -> None:
+    """Which files a group needs, and what is said without them."""
     with pytest.raises(cgroups.Unavailable, match=r"has no memory\.max"), cgroups.limited(1, 1):
         pass
     ((parent, settings),) = cgroups._parents(1 << 30, 1.5)
-    assert parent == tmp_path
+    assert parent == version_2 / "app" / "run"
     assert settings == {"memory.max": 1 << 30, "memory.swap.max": 0, "cpu.max": "150000 100000"}
+
+
+def test_version_2_asks_for_its_controllers_where_the_kernel_gives_them(version_2: Path) -> None:
+    """A folder in place of the file refuses to be written, as the kernel does for groups with processes."""
+    own = version_2 / "app" / "run" / "cgroup.subtree_control"
+    own.unlink()
+    own.mkdir()
+    ((parent, _),) = cgroups._parents(1 << 30, 1.0)
+    assert parent == version_2 / "app"
+    assert (parent / "cgroup.subtree_control").read_text() == "+memory +cpu"
+    # Where they are given already, nothing is written.
+    (parent / "cgroup.subtree_control").write_text("cpu io memory pids\n")
+    ((parent, _),) = cgroups._parents(1 << 30, 1.0)
+    assert (parent / "cgroup.subtree_control").read_text() == "cpu io memory pids\n"
+    for group in (version_2, version_2 / "app"):
+        (group / "cgroup.subtree_control").unlink()
+    with pytest.raises(cgroups.Unavailable, match="lets its children have the controllers memory and cpu"):
+        cgroups._parents(1 << 30, 1.0)

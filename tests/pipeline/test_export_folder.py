@@ -135,3 +135,17 @@ def test_adapters_that_cannot_be_merged(adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="pickled adapters are not read"):
         merge_adapter(folder, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_of_a_shared_head_cannot_be_merged(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """peft adds its change to the weights of head and embedding, which are one, and saves without a word."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    assert model.config.tie_word_embeddings
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["lm_head"]))
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_" in name:
+                weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ExportError, match=r"another model than the adapter apart .*without lm_head"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "merged")

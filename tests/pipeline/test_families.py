@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -145,6 +145,9 @@ def gemma_tokenizer(text: str, pieces: str = r"\p{N}|▁*[^▁\p{N}]+|▁+", siz
         extra_special_tokens=["<start_of_turn>", "<end_of_turn>"],
     )
     tokenizer.chat_template = GEMMA_TEMPLATE
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", names.index("<bos>"))]
+    )
     return tokenizer
 
 

@@ -12,7 +12,17 @@ import pytest
 from flows.command_line import app, run
 from pipeline.artifacts import Artifact, Store, damage, in_use
 from pipeline.errors import UserError
-from pipeline.inventory import entries, explain, find, forget_release, problems, prunable, prune, unused
+from pipeline.inventory import (
+    entries,
+    explain,
+    find,
+    forget_release,
+    leftovers,
+    problems,
+    prunable,
+    prune,
+    unused,
+)
 
 NOW = 1_700_000_000.0
 DAY = 86_400.0
@@ -125,6 +135,46 @@ def test_pruning_by_age_and_size_keeps_what_a_release_needs(store: Store, tmp_pa
     assert len(prunable(store.root, keep_bytes=0, now=NOW)) == 2
 
 
+def test_leftovers_are_listed_and_pruned(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = add(store, "teacher", size=4000)
+
+    def interrupted(output: Path, work: Path) -> None:
+        (work / "checkpoint").mkdir()
+        (work / "checkpoint" / "weights.bin").write_bytes(b"x" * 3000)
+        raise KeyboardInterrupt
+
+    seen: set[Path] = set()
+    for days, rate in ((9, 1), (1, 2)):
+        with pytest.raises(KeyboardInterrupt):
+            store.get_or_make("distill", 1, {"learning_rate": rate}, {}, interrupted)
+        (work,) = set(store.root.glob("distill/*.work")) - seen
+        seen.add(work)
+        for path in (work, *work.rglob("*")):
+            os.utime(path, (NOW - days * DAY, NOW - days * DAY))
+    damaged = add(store, "prepare", size=2000)
+    flip(damaged.path / "data.bin")
+    add(store, "prepare", size=2000)  # made anew
+    old, recent, aside = leftovers(store.root)
+    assert (old.state, recent.state, aside.state) == ("unfinished", "unfinished", "damaged")
+    assert (old.used, recent.used) == (NOW - 9 * DAY, NOW - DAY)
+    assert 3000 < old.bytes < 3100
+    assert aside.shown == f"prepare-{damaged.key[:12]}"
+
+    assert run(lambda: app(["store", "list", "--store", str(store.root), "--json"])) == 0
+    states = [row["state"] for row in json.loads(capsys.readouterr().out)]
+    assert states == ["finished", "finished", "unfinished", "unfinished", "damaged"]
+    assert run(lambda: app(["store", "list", "--store", str(store.root)])) == 0
+    assert "2 artifacts and 3 leftovers" in capsys.readouterr().out
+
+    assert prunable(store.root, older_than=5 * DAY, now=NOW) == [old]
+    with store._only_one(old.path.with_suffix("")):  # as a run that goes on from it holds it
+        assert prune(store.root, [old]) == 0
+    assert prune(store.root, [old, aside]) == old.bytes + aside.bytes
+    assert leftovers(store.root) == [recent]
+    assert {entry.stage for entry in entries(store.root)} == {"teacher", "prepare"}
+    assert damage(kept.path) is None
+
+
 def test_what_a_run_holds_locked_stays(store: Store) -> None:
     artifact = add(store, "distill", days=9)
     held, done = threading.Event(), threading.Event()
@@ -230,4 +280,4 @@ def test_inputs_behind_a_damaged_manifest_are_not_pruned(
     ):
         prunable(store.root, keep_bytes=0)
     add(store, "student", days=90, inputs={"teacher": teacher})
-    assert prunable(store.root, keep_bytes=0) == []
+    assert [entry.state for entry in prunable(store.root, keep_bytes=0)] == ["damaged"]

@@ -9,7 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from pipeline.instruct import logits_of, loss_of_merging
+from pipeline.errors import GateFailed
+from pipeline.instruct import logits_of, loss_of_merging, require_merged
 
 ROWS = [np.random.default_rng(seed).integers(3, 2000, 40).tolist() for seed in range(3)]
 
@@ -32,6 +33,7 @@ def test_a_true_merge_loses_nothing(adapted: Any) -> None:
     assert 0 <= statistics["mean_kl"] < 1e-8
     assert statistics["same_top"] == 1
     assert statistics["perplexity_ratio"] == pytest.approx(1, abs=1e-5)
+    require_merged(statistics)
 
 
 @pytest.mark.parametrize("mistake", ["left out", "half of its scale", "rounded to bfloat16"])
@@ -44,4 +46,8 @@ def test_a_wrong_merge_shows(adapted: Any, mistake: str) -> None:
     merged = adapted.unload() if mistake == "left out" else adapted.merge_and_unload()
     if mistake == "rounded to bfloat16":
         merged = merged.to(torch.bfloat16).to(torch.float32)
-    assert loss_of_merging(merged, ROWS, unmerged)["mean_kl"] > 1e-6
+    statistics = loss_of_merging(merged, ROWS, unmerged)
+    assert statistics["mean_kl"] > 1e-6
+    if mistake != "rounded to bfloat16":
+        with pytest.raises(GateFailed, match=r"^instruct: gate merge: mean KL"):
+            require_merged(statistics)

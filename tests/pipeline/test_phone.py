@@ -121,13 +121,6 @@ def test_a_link_out_of_the_release_is_not_followed(released: Path, tmp_path: Pat
     assert "web/engine.wasm" not in phone.released_files(released)
 
 
-def test_other_hosts_and_other_sites_are_refused(here: Site) -> None:
-    assert here.ask("GET", "/web/", Host="evil.example")[0] == 400
-    assert here.post(RESULT, Origin="http://evil.example")[0] == 403
-    assert here.post(RESULT, Content_Type="text/plain")[0] == 415
-    assert here.said == []
-
-
 def test_one_device_gets_in_with_the_token_and_only_once(lan: Site) -> None:
     assert lan.ask("GET", "/web/")[0] == 403
     assert lan.post(RESULT)[0] == 403
@@ -221,33 +214,106 @@ def test_speed_on_a_graphics_processor_made_of_software_is_not_taken(here: Site,
     assert here.post(cpu)[0] == 200
 
 
-@pytest.mark.parametrize(
-    ("part", "key", "value"),
-    [
-        ("measurement", "file", "another.gguf"),
-        ("measurement", "bytes", 1),
-        ("measurement", "decode_tokens_per_s", -1),
-        ("measurement", "decode_tokens_per_s", float("nan")),
-        ("measurement", "decode_tokens_per_s", float("inf")),
-        ("measurement", "threads", "4"),
-        ("measurement", "extra", 1),
-        ("device", "user_agent", "x" * 401),
-        ("device", "mobile", None),
-    ],
-)
-def test_what_is_no_result_is_refused(here: Site, released: Path, part: str, key: str, value: Any) -> None:
-    before = (released / "report.json").read_bytes()
+def result_with(part: str, key: str, value: Any) -> str:
+    """A result in which one value is another."""
     broken = deepcopy(RESULT)
     broken[part][key] = value
-    status, _, body = here.post(broken)
-    assert status == 422
-    assert key in body.decode()
+    return json.dumps(broken)
+
+
+def result_without(part: str, key: str) -> str:
+    broken = deepcopy(RESULT)
+    del broken[part][key]
+    return json.dumps(broken)
+
+
+JSON = {"Content_Type": "application/json"}
+Request = tuple[str, str, str | bytes, dict[str, str], int, str]
+
+
+def posted(body: str | bytes, sentence: str, status: int = 422, **headers: str) -> Request:
+    """A result that is none."""
+    return "POST", "/results", body, JSON | headers, status, sentence
+
+
+NOT_RELEASED = "with this format, quantization and bytes is not in the release."
+REQUESTS: dict[str, Request] = {
+    "a file that is not there": ("GET", "/web/a.js", "", {}, 404, "There is no such file in this release."),
+    "reading results": ("GET", "/results", "", {}, 404, "There is no such file in this release."),
+    "another host": ("GET", "/web/", "", {"Host": "evil.example"}, 400, "Invalid host header"),
+    "another method": ("DELETE", "/web/", "", {}, 405, "Method Not Allowed"),
+    "another site": posted(
+        json.dumps(RESULT),
+        "Results are taken from the release's own page alone.",
+        403,
+        Origin="http://evil.example",
+    ),
+    "no JSON by its name": posted("{}", "Results are JSON.", 415, Content_Type="text/plain"),
+    "too much": posted(
+        b" " * (phone.LARGEST_BODY + 1), f"A result has at most {phone.LARGEST_BODY} bytes.", 413
+    ),
+    "nothing": posted("", "the body: Invalid JSON: EOF while parsing a value at line 1 column 0"),
+    "a part": posted('{"dev', "the body: Invalid JSON: EOF while parsing a string at line 1 column 5"),
+    "a list": posted("[]", "the body: Input should be an object"),
+    "no text": posted(b"\xff\xfe", "the body: Invalid JSON: expected value at line 1 column 1"),
+    "brackets without end": posted(
+        "[" * 20_000, "the body: Invalid JSON: recursion limit exceeded at line 1 column 202"
+    ),
+    "an unknown key": posted(
+        result_with("measurement", "extra", 1), "measurement.extra: Extra inputs are not permitted"
+    ),
+    "a missing key": posted(result_without("measurement", "file"), "measurement.file: Field required"),
+    "another file": posted(
+        result_with("measurement", "file", "another.gguf"),
+        f"measurement.file: 'another.gguf' {NOT_RELEASED}",
+    ),
+    "another size": posted(
+        result_with("measurement", "bytes", 1),
+        f"measurement.file: 'martlet-99m-instruct-q4_k_m.gguf' {NOT_RELEASED}",
+    ),
+    "a negative speed": posted(
+        result_with("measurement", "decode_tokens_per_s", -1),
+        "measurement.decode_tokens_per_s: Input should be greater than 0",
+    ),
+    "not a number": posted(
+        result_with("measurement", "decode_tokens_per_s", float("nan")),
+        "measurement.decode_tokens_per_s: Input should be a finite number",
+    ),
+    "infinity": posted(
+        result_with("measurement", "decode_tokens_per_s", float("inf")),
+        "measurement.decode_tokens_per_s: Input should be a finite number",
+    ),
+    "text for a number": posted(
+        result_with("measurement", "threads", "4"), "measurement.threads: Input should be a valid integer"
+    ),
+    "a long text": posted(
+        result_with("device", "user_agent", "x" * 401),
+        "device.user_agent: String should have at most 400 characters",
+    ),
+    "nothing for a truth value": posted(
+        result_with("device", "mobile", None), "device.mobile: Input should be a valid boolean"
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "headers", "status", "sentence"), REQUESTS.values(), ids=list(REQUESTS)
+)
+def test_each_bad_request_has_its_sentence(
+    here: Site,
+    released: Path,
+    method: str,
+    path: str,
+    body: str | bytes,
+    headers: dict[str, str],
+    status: int,
+    sentence: str,
+) -> None:
+    before = (released / "report.json").read_bytes()
+    found, _, said = here.ask(method, path, body.encode() if isinstance(body, str) else body, **headers)
+    assert (found, said.decode()) == (status, sentence)
     assert (released / "report.json").read_bytes() == before
-
-
-def test_a_body_has_a_limit(here: Site) -> None:
-    body = b" " * (phone.LARGEST_BODY + 1)
-    assert here.ask("POST", "/results", body, Content_Type="application/json")[0] == 413
+    assert here.said == []
 
 
 def test_without_release_or_page_it_is_said(released: Path, tmp_path: Path) -> None:

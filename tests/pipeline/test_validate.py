@@ -239,6 +239,7 @@ def test_conversations_that_the_models_template_refuses_are_not_asked_of_files(
             "token_ids",
         ),
         ({"bos_equal": False, "leading_bos": 2, "reference_leading_bos": 1}, "bos"),
+        ({"completion_ids": [1, 2, 3]}, "completion"),
         ({"stops_at_end_of_turn": False}, "end_of_turn"),
         ({"eos_equal": False}, "eos"),
         ({"vocabulary_size": 7}, "vocabulary_size"),
