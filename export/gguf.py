@@ -50,8 +50,9 @@ def export_gguf(
             its columns is multiplied with, float32 [columns] (``export.importance`` measures it); weighs the
             rounding errors of every quantization below q8_0.
         pre_tokenizer: llama.cpp's name of the pre-tokenizer, for one that the converter does not recognise.
-        metadata: keys of a hub model card that belong into the file (``license``, ``base_model``,
-            ``language``, ``tags``), in place of those of the folder's own README.md.
+        metadata: keys of a hub model card that belong into the file (``license``, ``license_name``,
+            ``base_model``, ``datasets``, ``language``, ``tags``, ``pipeline_tag``), in place of those of the
+            folder's own README.md.
         threads: CPU threads of quantization.
         progress: receives one line at the start of each step.
         log: file that keeps what llama.cpp's converter and quantizer write.

@@ -117,7 +117,10 @@ def check(recipe: RecipePath = DEFAULT_RECIPE, as_json: AsJson = False) -> None:
 
     Example: martlet check recipes/smoke.yaml
     """
+    from pipeline.licences import unjudged
+
     plan = check_recipe_file(recipe)
+    warn_unjudged(recipe, unjudged(plan))
     if as_json:
         print(json.dumps({"recipe": str(recipe), "name": plan.name, "valid": True}))
     else:
@@ -264,10 +267,13 @@ def validate(
     Example: martlet validate release
     """
     if store is None:
-        from pipeline.release import verify
+        from pipeline.release import unjudged_licences, verify
 
         release = release or Path("release")
-        tell_problems(release, verify(release), "every file is", as_json)
+        damaged = verify(release)
+        if not damaged:
+            warn_unjudged(release, unjudged_licences(release))
+        tell_problems(release, damaged, "every file is", as_json)
         return
     if release is not None:
         raise UserError("--store: is checked alone; leave the release out, or check it by itself.")
@@ -590,6 +596,14 @@ def check_recipe_file(path: Path) -> Any:
     plan = load_recipe(path)
     check_recipe(plan, path)
     return plan
+
+
+def warn_unjudged(path: Path, entries: list[str]) -> None:
+    """Tells, where there are any, which licences of a recipe or a release martlet's table does not know."""
+    from pipeline.licences import unjudged_sentence
+
+    if entries:
+        progress_line(f"warning: {path}: {unjudged_sentence(entries)}")
 
 
 def progress_line(line: str) -> None:

@@ -50,6 +50,7 @@ from pipeline import release as release_stage
 from pipeline.artifacts import Artifact, Store, in_use
 from pipeline.check import check_recipe
 from pipeline.errors import GateFailed, Unreachable, UserError
+from pipeline.licences import unjudged, unjudged_sentence
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe, load_recipe
 from taid import TaidError
@@ -279,6 +280,8 @@ def ship(recipe: Path, store: Path, release: Path) -> dict[str, Any]:
     def step(function: Callable[..., Any], name: str) -> Any:
         return stage(function, name, report)
 
+    if not_judged := unjudged(plan):
+        report(f"warning: {recipe}: {unjudged_sentence(not_judged)}")
     shelf = Store(store, report=report)
     made: dict[str, Artifact] = {}
 

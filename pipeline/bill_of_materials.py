@@ -14,7 +14,8 @@ from cyclonedx.schema import OutputFormat, SchemaVersion
 from packageurl import PackageURL
 
 from pipeline.artifacts import sha256_of_json
-from pipeline.cards import shown
+from pipeline.hub import shown
+from pipeline.licences import UNKNOWN, result_licence
 from pipeline.recipe import Recipe
 
 FILE_NAME = "ml-bom.cdx.json"
@@ -24,8 +25,8 @@ NAMESPACE = uuid.UUID("5b3f0e5c-52f1-4c0e-9d5e-6d6172746c65")
 def bill_of_materials(
     recipe: Recipe, inputs: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """A CycloneDX 1.6 document: the model, the teacher and the data it was made from with their licences, the
-    packages that made it, and the files of the release.
+    """A CycloneDX 1.6 document: the model, the teacher, a given student and the data it was made from with
+    their licences, the packages that made it, and the files of the release.
 
     Args:
         recipe: the recipe.
@@ -33,16 +34,20 @@ def bill_of_materials(
         files: {name: {"sha256", "bytes"}} of the files to list. The same files of the same inputs give the
             same bytes: no time stamp, and a serial number that follows from them.
     """
-    model = _component("model", ComponentType.MACHINE_LEARNING_MODEL, recipe.name, recipe.teacher.licence)
-    teacher = _component(
-        "teacher",
-        ComponentType.MACHINE_LEARNING_MODEL,
-        shown(recipe.teacher.model),
-        recipe.teacher.licence,
-        version=recipe.teacher.revision,
-        hashes=inputs["teacher"]["files"],
-        properties={"martlet:digest": inputs["teacher"]["sha256"]},
-    )
+    model = _component("model", ComponentType.MACHINE_LEARNING_MODEL, recipe.name, result_licence(recipe))
+    models = [
+        _component(
+            role,
+            ComponentType.MACHINE_LEARNING_MODEL,
+            shown(inputs[role]["model"]),
+            inputs[role]["licence"],
+            version=inputs[role]["revision"],
+            hashes=inputs[role]["files"],
+            properties={"martlet:digest": inputs[role]["sha256"]},
+        )
+        for role in ("teacher", "student")
+        if role in inputs
+    ]
     data = [
         _component(
             f"data-{role}",
@@ -83,10 +88,10 @@ def bill_of_materials(
     )
     bom = Bom(
         metadata=BomMetaData(component=model),
-        components=[teacher, *data, code, *packages, *released],
+        components=[*models, *data, code, *packages, *released],
         serial_number=uuid.uuid5(NAMESPACE, sha256_of_json([inputs, files])),
     )
-    bom.register_dependency(model, [teacher, *data, code])
+    bom.register_dependency(model, [*models, *data, code])
     bom.register_dependency(code, packages)
     for file in released:
         bom.register_dependency(file, [model])
@@ -130,7 +135,7 @@ def _component(
         version=version,
         type=kind,
         bom_ref=reference,
-        licenses=[LicenseFactory().make_from_string(licence)] if licence != "unknown" else [],
+        licenses=[LicenseFactory().make_from_string(licence)] if licence != UNKNOWN else [],
         components=files,
         properties=[Property(name=key, value=value) for key, value in (properties or {}).items()],
     )

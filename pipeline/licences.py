@@ -1,4 +1,4 @@
-"""Which licences of teacher, student and data can go into one model.
+"""Which licences of teacher, student and data can go into one model, and which the model then has.
 
 A small table and a plain reading of each licence's own conditions; no legal advice. Whether a licence of data
 reaches weights that were trained on it is an open question in law: martlet takes the careful side, as if it
@@ -6,11 +6,12 @@ did. Licences that are not in the table are not judged.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from export.errors import one_line
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 
@@ -76,21 +77,35 @@ TERMS: dict[str, Terms] = {
     "llama3.2": Terms(name_prefix="Llama"),
     "llama3.3": Terms(name_prefix="Llama"),
 }
-EXCLUDES = {"Apache-2.0": frozenset({GPL_2})}
+EXCLUDES = {
+    "Apache-2.0": frozenset({GPL_2, "GPL-2.0-or-later", "LGPL-2.1-only", "LGPL-2.1-or-later"}),
+}
 """Licences that the result cannot have, though the licence asks for none: Apache's clauses on patents are
 further restrictions in the sense of the GPL's version 2."""
+UNKNOWN = "unknown"
+"""What a licence is called that nobody named."""
+MODELS = ("student.licence", "teacher.licence")
 
 _BY_LOWER_CASE = {name.lower(): name for name in TERMS}
+
+
+def licences_of(recipe: Recipe) -> dict[str, str]:
+    """The licence of everything that a model of this recipe is made from, by key, the model first whose
+    changed version it is."""
+    models = {"teacher.licence": recipe.teacher.licence}
+    if recipe.student.model is not None:
+        models = {"student.licence": recipe.student.licence, **models}
+    return {
+        **models,
+        "data.text.licence": recipe.data.text.licence,
+        "data.chats.licence": recipe.data.chats.licence,
+    }
 
 
 def licence_conflict(recipe: Recipe) -> str | None:
     """What forbids giving away a model of this recipe, in one sentence that names key and licences; None
     where nothing in the table does."""
-    parts = {
-        "teacher.licence": recipe.teacher.licence,
-        "data.text.licence": recipe.data.text.licence,
-        "data.chats.licence": recipe.data.chats.licence,
-    }
+    parts = licences_of(recipe)
     choices = [[(key, one) for one in alternatives(licence)] for key, licence in parts.items()]
     conflicts = []
     for choice in product(*choices):
@@ -133,16 +148,43 @@ def alternatives(licence: str) -> list[frozenset[str]]:
 
 def unjudged(recipe: Recipe) -> list[str]:
     """``key: licence`` of those that the table does not know."""
-    parts = {
-        "teacher.licence": recipe.teacher.licence,
-        "data.text.licence": recipe.data.text.licence,
-        "data.chats.licence": recipe.data.chats.licence,
-    }
     return [
         f"{key}: {licence}"
-        for key, licence in parts.items()
+        for key, licence in licences_of(recipe).items()
         if not any(all(name in TERMS for name in choice) for choice in alternatives(licence))
     ]
+
+
+def unjudged_sentence(entries: Sequence[str]) -> str:
+    """One sentence about what ``unjudged`` returns, for whoever decides about giving the model away."""
+    return one_line(
+        f"martlet's table of licences does not know {'; '.join(entries)}, so nothing was judged of them; "
+        "read them before you give the model away."
+    )
+
+
+def result_licence(recipe: Recipe) -> str:
+    """The licence that a model of this recipe goes out under.
+
+    That of the model whose changed version it is (the given student, else the teacher), unless another part's
+    conditions let the result have only theirs. A licence of one of the two models that the table does not
+    know lets the result have no other.
+
+    Returns:
+        An SPDX expression, or a licence's name as the recipe has it; ``unknown`` where no licence satisfies
+        all parts, as far as the table knows.
+    """
+    parts = licences_of(recipe)
+    choices = [[(key, one) for one in alternatives(licence)] for key, licence in parts.items()]
+    models = [_known(licence) for key, licence in parts.items() if key in MODELS]
+    singly = [name for choice in choices for _, names in choice for name in sorted(names)]
+    for wanted in dict.fromkeys([*models, *singly, *TERMS]):
+        results = frozenset().union(*alternatives(wanted))
+        for choice in product(*choices):
+            asking = [(key, name) for key, names in choice for name in names]
+            if all(_permits(key, name, result) for key, name in asking for result in results):
+                return wanted or UNKNOWN
+    return UNKNOWN
 
 
 def check_licences(recipe: Recipe) -> None:
@@ -187,6 +229,16 @@ def _conflict(parts: Mapping[str, frozenset[str]], recipe: Recipe) -> str | None
     if left:
         return None
     return "no licence satisfies " + " and ".join(f"{key} ({name})" for key, name in asking)
+
+
+def _permits(key: str, name: str, result: str) -> bool:
+    """Whether a licence lets something made with what it covers have another licence."""
+    if name not in TERMS:
+        return result == name or key not in MODELS
+    terms = TERMS[name]
+    if not terms.derivatives or result in EXCLUDES.get(name, ()):
+        return False
+    return terms.result is None or result == name or result in terms.result
 
 
 def _known(name: str) -> str:

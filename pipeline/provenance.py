@@ -1,4 +1,4 @@
-"""What a release was made from, each with its SHA-256: teacher, data, recipe, code and packages."""
+"""What a release was made from, each with its SHA-256: models, data, recipe, code and packages."""
 
 import functools
 import importlib.metadata
@@ -9,7 +9,6 @@ from typing import Any
 from pipeline.artifacts import Artifact, sha256_of_file, sha256_of_json
 from pipeline.recipe import Recipe
 
-PARTS = ("recipe", "teacher", "data", "code", "packages")
 OWN_PACKAGES = ("taid", "export", "pipeline", "flows")
 OWN_FILES = (".py", ".jinja", ".json", ".cmake")
 INSTALLER_FILES = ("RECORD", "INSTALLER", "REQUESTED", "direct_url.json")
@@ -19,10 +18,20 @@ INSTALLER_FILES = ("RECORD", "INSTALLER", "REQUESTED", "direct_url.json")
 def inputs(recipe: Recipe, artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
     """The inputs of a release as ``manifest.json`` lists them.
 
-    Files of the teacher and of the data have their own SHA-256; text and prompts that packages carry have the
-    package's version, which the list of packages gives a SHA-256. Data sets of a hub are named only.
+    Files of the teacher, of a given student and of the data have their own SHA-256; text and prompts that
+    packages carry have the package's version, which the list of packages gives a SHA-256. Data sets of a hub
+    are named only.
     """
-    teacher = artifacts["teacher"].manifest()["parameters"]
+
+    def model(role: str) -> dict[str, Any]:
+        section = getattr(recipe, role)
+        return {
+            "model": section.model,
+            "revision": section.revision,
+            "licence": section.licence,
+            "files": artifacts[role].manifest()["parameters"].get("files", {}),
+            "sha256": artifacts[role].digest,
+        }
 
     def data(role: str) -> dict[str, Any]:
         section = getattr(recipe.data, role)
@@ -36,13 +45,8 @@ def inputs(recipe: Recipe, artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
 
     return {
         "recipe": {"sha256": sha256_of_json(recipe.model_dump(mode="json", by_alias=True))},
-        "teacher": {
-            "model": recipe.teacher.model,
-            "revision": recipe.teacher.revision,
-            "licence": recipe.teacher.licence,
-            "files": teacher.get("files", {}),
-            "sha256": artifacts["teacher"].digest,
-        },
+        "teacher": model("teacher"),
+        **({"student": model("student")} if recipe.student.model is not None else {}),
         "data": {role: data(role) for role in ("text", "chats")},
         "code": {"version": importlib.metadata.version("martlet"), "sha256": _own_code()},
         "packages": dict(_installed_packages()),
@@ -54,7 +58,8 @@ def incomplete(recorded: Any) -> list[str]:
     if not isinstance(recorded, dict):
         return ["manifest.json: does not say what the release was made from (no `inputs`)."]
     problems = []
-    digests: dict[str, Any] = {part: recorded.get(part) for part in ("recipe", "teacher", "code")}
+    parts = ("recipe", "teacher", "code", *(["student"] if "student" in recorded else []))
+    digests: dict[str, Any] = {part: recorded.get(part) for part in parts}
     data, packages = recorded.get("data"), recorded.get("packages")
     for role in ("text", "chats"):
         digests[f"data.{role}"] = data.get(role) if isinstance(data, dict) else None
@@ -70,11 +75,15 @@ def incomplete(recorded: Any) -> list[str]:
 
 
 def changed_files(recorded: Mapping[str, Any]) -> list[str]:
-    """A sentence for each file of teacher and data that is still where the recipe found it, but has
-    changed. What is gone is no problem: a release travels without its inputs."""
+    """A sentence for each file of models and data that is still where the recipe found it, but has changed.
+    What is gone is no problem: a release travels without its inputs."""
     problems = []
-    folder = Path(recorded["teacher"]["model"])
-    candidates = [(folder / name, digest) for name, digest in recorded["teacher"]["files"].items()]
+    candidates = [
+        (Path(recorded[role]["model"]) / name, digest)
+        for role in ("teacher", "student")
+        if role in recorded
+        for name, digest in recorded[role]["files"].items()
+    ]
     for role in ("text", "chats"):
         section = recorded["data"][role]
         for name, digest in section["files"].items():

@@ -45,6 +45,23 @@ WITHOUT_TEMPERATURE = ("cross_entropy", "curriculum_temperature")
 """Objectives that can be learned from ``teacher.cache: sampled``."""
 
 
+# fmt: off
+LANGUAGES = frozenset((
+    "aa", "ab", "ae", "af", "ak", "am", "an", "ar", "as", "av", "ay", "az", "ba", "be", "bg", "bi", "bm",
+    "bn", "bo", "br", "bs", "ca", "ce", "ch", "co", "cr", "cs", "cu", "cv", "cy", "da", "de", "dv", "dz",
+    "ee", "el", "en", "eo", "es", "et", "eu", "fa", "ff", "fi", "fj", "fo", "fr", "fy", "ga", "gd", "gl",
+    "gn", "gu", "gv", "ha", "he", "hi", "ho", "hr", "ht", "hu", "hy", "hz", "ia", "id", "ie", "ig", "ii",
+    "ik", "io", "is", "it", "iu", "ja", "jv", "ka", "kg", "ki", "kj", "kk", "kl", "km", "kn", "ko", "kr",
+    "ks", "ku", "kv", "kw", "ky", "la", "lb", "lg", "li", "ln", "lo", "lt", "lu", "lv", "mg", "mh", "mi",
+    "mk", "ml", "mn", "mr", "ms", "mt", "my", "na", "nb", "nd", "ne", "ng", "nl", "nn", "no", "nr", "nv",
+    "ny", "oc", "oj", "om", "or", "os", "pa", "pi", "pl", "ps", "pt", "qu", "rm", "rn", "ro", "ru", "rw",
+    "sa", "sc", "sd", "se", "sg", "si", "sk", "sl", "sm", "sn", "so", "sq", "sr", "ss", "st", "su", "sv",
+    "sw", "ta", "te", "tg", "th", "ti", "tk", "tl", "tn", "to", "tr", "ts", "tt", "tw", "ty", "ug", "uk",
+    "ur", "uz", "ve", "vi", "vo", "wa", "wo", "xh", "yi", "yo", "za", "zh", "zu",
+))
+# fmt: on
+"""The two-letter codes of ISO 639-1."""
+
 NUMBERS = (int, float, int | None, float | None)
 
 
@@ -142,6 +159,7 @@ class Student(Section):
 
     model: str | None = Field(None, description="Hugging Face name or local folder of an existing student.")
     revision: str | None = Field(None, description="Commit or tag of a Hugging Face name.")
+    licence: str = Field("unknown", description="SPDX expression, carried into the model cards.")
     prune: Prune | None = Field(None, description="In place of model: a student made from the teacher.")
 
     @model_validator(mode="after")
@@ -411,6 +429,11 @@ class Recipe(Section):
         str, Field(pattern=NAME_PATTERN, description="NAME of the release folder's NAME-Instruct etc.")
     ]
     description: str = Field("", description="One sentence for the model cards and the report.")
+    language: list[str] | None = Field(
+        None,
+        description="Languages of the model, ISO 639-1 codes such as en, for cards and GGUF files; without "
+        "it en where all text comes from packages, else none.",
+    )
     accept_licence_conflict: str | None = Field(
         None,
         min_length=1,
@@ -446,6 +469,18 @@ class Recipe(Section):
                 "knows its architecture; give student.model"
             )
         return self
+
+    @field_validator("language", mode="before")
+    @classmethod
+    def languages_that_there_are(cls, value: Any) -> Any:
+        for code in value if isinstance(value, list) else []:
+            if code is False:
+                raise ValueError('YAML reads no as false; write "no" in quotes for Norwegian')
+            if isinstance(code, str) and code not in LANGUAGES:
+                raise ValueError(
+                    f"there is no ISO 639-1 code {shortened(code, 60)!r}; give two small letters, such as en"
+                )
+        return value
 
     @field_validator("name")
     @classmethod

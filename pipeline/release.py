@@ -44,7 +44,7 @@ SIGNATURE = f"{MANIFEST}.sig"
 KEYS = ("schema", "identity", "name", "recipe", "packages", "inputs", "lineage", "files")
 CARD = "README.md"
 MODELFILE = "Modelfile"
-VERSION = 6
+VERSION = 7
 """Raised when the same artifacts give another release."""
 
 
@@ -227,6 +227,18 @@ def read_report(root: Path) -> dict[str, Any]:
     if damaged:
         raise UserError(f"{path}: is missing or damaged; ship the release again.")
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def unjudged_licences(root: Path) -> list[str]:
+    """``key: licence`` of those that martlet's table did not know when the release was made; none where its
+    report does not say."""
+    try:
+        facts = read_report(root)
+    except (UserError, ValueError):
+        return []
+    licences = facts.get("licences") if isinstance(facts, dict) else None
+    entries = licences.get("not_judged") if isinstance(licences, dict) else None
+    return [str(entry) for entry in entries] if isinstance(entries, list) else []
 
 
 def change_report(root: Path, change: Callable[[dict[str, Any]], None]) -> None:

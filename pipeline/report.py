@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from pipeline.artifacts import Artifact
 from pipeline.energy import WATTS_HIGH, WATTS_LOW
+from pipeline.licences import result_licence, unjudged, unjudged_sentence
 from pipeline.pages import (
     BLUE,
     FORMATS,
@@ -110,6 +111,7 @@ def collect(
         },
         "stages": stage_times,
         "machine": platform.machine(),
+        "licences": {"result": result_licence(recipe), "not_judged": unjudged(recipe)},
         "lineage": lineage(artifacts),
         "packages": packages(artifacts),
     }
@@ -168,6 +170,9 @@ def render(facts: dict[str, Any]) -> str:
 def notes(facts: dict[str, Any]) -> list[str]:
     """Sentences that someone who decides about shipping should read, beside the gates."""
     sentences = []
+    # Reports of earlier releases, which are drawn again when something is measured, lack it.
+    if not_judged := facts.get("licences", {}).get("not_judged"):
+        sentences.append(unjudged_sentence(not_judged))
     held_out = facts["distillation"]["held_out"]
     control = facts["distillation"]["control"]
     if held_out["kl_after"] >= held_out["kl_before"]:

@@ -1,6 +1,7 @@
 """The student before any training: an existing model, or the teacher without its least influential layers."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,8 +27,9 @@ def run(store: Store, recipe: Recipe, teacher: Artifact, text: Artifact) -> Arti
         UserError: the student cannot be loaded, has another tokenizer than the teacher, or cannot keep as
             many layers as the recipe asks.
     """
-    parameters = recipe.slice("student")
     section = recipe.student
+    # A licence changes no weight.
+    parameters: dict[str, Any] = {"student": section.model_dump(mode="json", exclude={"licence"})}
     if section.model is not None:
         folder = local_folder("student.model", section.model, section.revision, list(WANTED_FILES))
         parameters["files"] = model_digests(folder, WANTED_FILES)

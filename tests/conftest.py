@@ -109,6 +109,7 @@ def tiny_recipe(tmp_path: Path, tiny_model_dir: Path) -> dict[str, Any]:
         "data": {
             "text": {
                 "sources": [str(text)],
+                "licence": "CC0-1.0",
                 "sequence_length": 32,
                 "train_tokens": 256,
                 "held_out_tokens": 128,
@@ -116,6 +117,7 @@ def tiny_recipe(tmp_path: Path, tiny_model_dir: Path) -> dict[str, Any]:
             },
             "chats": {
                 "sources": [str(chats)],
+                "licence": "CC0-1.0",
                 "conversations": 8,
                 "held_out_conversations": 2,
                 "max_tokens": 128,

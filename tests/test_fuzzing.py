@@ -16,6 +16,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import tempfile
 import time
@@ -41,7 +42,9 @@ from pipeline import release
 from pipeline.artifacts import MANIFEST, Store, damage
 from pipeline.check import check_recipe
 from pipeline.errors import UserError
+from pipeline.hub import gguf_metadata
 from pipeline.inventory import entries, explain
+from pipeline.licences import unjudged, unjudged_sentence
 from pipeline.recipe import load_recipe, recipe_of
 from pipeline.sources import conversations, documents
 from taid import CachedTeacher, SampledTeacher, TaidError, write_hidden_state_cache, write_sampled_cache
@@ -293,6 +296,7 @@ SECTIONS: list[dict[str, Any]] = [
     {"export": {"gguf": ["q8_0"], "mlc_libraries": ["x86_64-cpu"], "importance_matrix": "calibration"}},
     {"validate": {"default": {"mean_kl": 1.0}, "thresholds": {"q8_0": {"mean_kl": 2, "p99_kl": 3}}}},
     {"bench": {"threads": 1, "depths": [0, 64], "profiles": ["p.yaml"]}, "student": {"model": "./m"}},
+    {"language": ["en", "no"], "student": {"model": "./m", "licence": "MIT OR (Apache-2.0 AND CC-BY-4.0)"}},
 ]
 
 
@@ -300,12 +304,15 @@ def test_recipes(place: Path) -> None:
     for name in ("t.jsonl", "c.jsonl", "m/model.safetensors"):
         (place / name).parent.mkdir(exist_ok=True)
         (place / name).touch()
+    shutil.copy(Path(__file__).parents[1] / "profiles" / "small-phone.yaml", place / "p.yaml")
     path = place / "recipe.yaml"
     recipes = [BASE | section for section in SECTIONS]
 
     def read(values: Any) -> None:
         recipe = recipe_of(values, path)
         check_recipe(recipe, path)
+        assert unjudged_sentence(unjudged(recipe)).isprintable()
+        gguf_metadata(recipe)
         json.dumps(recipe.model_dump(mode="json", by_alias=True), allow_nan=False).encode()
 
     def read_text(data: bytes) -> None:

@@ -100,6 +100,12 @@ TABLE = (
         f"unknown key {('long' * 50)[:197]}...; remove it or correct its spelling (docs/guide.md lists all keys).",
     ),
     key(
+        "language",
+        ["english"],
+        "language: there is no ISO 639-1 code 'english'; give two small letters, such as en.",
+    ),
+    key("language", [False], 'language: YAML reads no as false; write "no" in quotes for Norwegian.'),
+    key(
         "accept_licence_conflict",
         "",
         "accept_licence_conflict: string should have at least 1 character, not ''.",
@@ -215,6 +221,12 @@ TABLE = (
     ),
     key(
         "student.model", "./no-such-folder", "student: give either model or prune, not both and not neither."
+    ),
+    key("student.licence", 7, "student.licence: input should be a valid string, not 7."),
+    key(
+        "student",
+        {"model": "someone/student", "licence": "CC-BY-ND-4.0"},
+        "student.licence: CC-BY-ND-4.0 forbids changed versions, which a model made from it would be; choose other sources, or say in accept_licence_conflict why it may be done (the model cards will show it).",
     ),
     key("student", {"model": "./no-such-folder"}, "student.model: {here}/no-such-folder is no folder."),
     key(

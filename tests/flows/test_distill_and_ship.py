@@ -231,6 +231,38 @@ def test_a_run_keeps_its_store_from_being_pruned(
         pass
 
 
+def test_licences_that_the_table_does_not_know_are_told_once_at_the_start(
+    martlet: Callable[..., tuple[int, str, str]],
+    prefect_server: None,
+    tiny_recipe: dict[str, Any],
+    write_recipe: Callable[[dict[str, Any]], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise UserError("Far enough.")
+
+    monkeypatch.setattr(distill_and_ship.teacher, "run", fail)
+    places = ("--store", tmp_path / "store", "--release", tmp_path / "release")
+
+    def warnings(*arguments: str | Path) -> list[str]:
+        return [line for line in martlet(*arguments)[2].splitlines() if "warning: " in line]
+
+    recipe = write_recipe(tiny_recipe)
+    assert warnings("check", recipe) == warnings("ship", recipe, *places) == []
+    tiny_recipe["teacher"]["licence"] = "Tongyi Qianwen"
+    del tiny_recipe["data"]["chats"]["licence"]
+    recipe = write_recipe(tiny_recipe)
+    sentence = (
+        f"warning: {recipe}: martlet's table of licences does not know teacher.licence: Tongyi Qianwen; data."
+        "chats.licence: unknown, so nothing was judged of them; read them before you give the model away."
+    )
+    assert warnings("check", recipe) == [sentence]
+    (told,) = warnings("ship", recipe, *places)
+    assert told.endswith(f"  {sentence}")
+    assert warnings("ship", recipe, *places, "--quiet") == []
+
+
 def test_a_hub_that_does_not_answer_is_asked_again(
     prefect_server: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

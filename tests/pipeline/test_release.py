@@ -13,10 +13,13 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 from huggingface_hub import ModelCard
 from release_artifacts import edit_json, example_artifacts, example_recipe, example_stage_times
+from typer.testing import CliRunner
 
+from flows.command_line import app
 from pipeline import provenance, release
 from pipeline.artifacts import OWN_DIGEST, Artifact, Store, damage, is_as_written
 from pipeline.errors import UserError
+from pipeline.hub import shared_metadata
 from pipeline.inventory import entries
 from pipeline.recipe import Recipe
 
@@ -402,6 +405,123 @@ def test_a_card_of_local_models_leaks_no_path_and_claims_no_hub_name(tmp_path: P
             assert "base_model_relation" not in data
 
 
+GIVEN = {"model": "someone/small", "revision": "abc123", "licence": "Apache-2.0"}
+TEACHER = {"model": "someone/big", "licence": "LicenseRef-big"}
+
+
+@pytest.fixture(scope="module")
+def of_given_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A release whose student is a model of the hub, and whose teacher's licence the table does not know."""
+    folder = tmp_path_factory.mktemp("given")
+    store = Store(folder / "store", report=lambda line: None)
+    recipe = example_recipe(student=GIVEN, teacher=TEACHER, language=["ja", "no"])
+    return release.run(recipe, example_artifacts(store, recipe), folder / "release", store, [])
+
+
+def test_cards_of_a_given_student_name_it_and_the_teacher(of_given_student: Path) -> None:
+    cards = {path.parent.name: ModelCard.load(path) for path in of_given_student.glob("*/README.md")}
+    student = "[someone/small](https://huggingface.co/someone/small)"
+    teacher = "[someone/big](https://huggingface.co/someone/big)"
+    for name, card in cards.items():
+        data = card.data.to_dict()
+        quantized = name.rpartition("-")[2] in ("GGUF", "MLC", "ONNX")
+        assert data["base_model"] == ("Martlet-99M-Instruct" if quantized else "someone/small")
+        assert data["base_model_relation"] == ("quantized" if quantized else "finetune")
+        assert data["language"] == ["ja", "no"]
+        assert (data["license"], data["license_name"]) == ("other", "LicenseRef-big")
+        assert f"made from {student} by knowledge distillation from {teacher}" in card.text
+        assert f"1. The student started from {student}." in card.text
+        notices = card.text.partition("## Licences and notices")[2].partition("##")[0].strip().splitlines()
+        said = f"{student} at abc123, licence Apache-2.0. These weights are a modified version of it."
+        assert notices[:3] == [
+            "- These weights: licence LicenseRef-big.",
+            f"- Student: {said}",
+            f"- Teacher: {teacher}, licence LicenseRef-big. These weights learned from it.",
+        ]
+
+
+def test_licences_that_nobody_judged_are_told(of_given_student: Path, released: Path) -> None:
+    entry = "teacher.licence: LicenseRef-big"
+    report_ = json.loads((of_given_student / "report.json").read_text(encoding="utf-8"))
+    assert report_["licences"] == {"result": "LicenseRef-big", "not_judged": [entry]}
+    assert release.unjudged_licences(of_given_student) == [entry]
+    sentence = f"does not know {entry}, so nothing was judged of them"
+    for path in [of_given_student / "report.html", *of_given_student.glob("*/README.md")]:
+        assert path.read_text(encoding="utf-8").count(sentence) == 1, path
+    assert release.unjudged_licences(released) == []
+    for path in [released / "report.html", *released.glob("*/README.md")]:
+        assert "nothing was judged" not in path.read_text(encoding="utf-8")
+
+
+def test_validate_warns_of_licences_that_nobody_judged(of_given_student: Path, released: Path) -> None:
+    for root, warned in ((of_given_student, 1), (released, 0)):
+        told = CliRunner().invoke(app, ["validate", str(root)])
+        assert told.exit_code == 0
+        assert told.stdout == f"{root}: every file is as the manifest says.\n"
+        assert told.stderr.count(f"warning: {root}: martlet's table of licences does not know") == warned
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"licences": []}', '{"licences": {"not_judged": 1}}'])
+def test_a_report_that_says_nothing_of_licences(made: Made, tmp_path: Path, content: str) -> None:
+    """Of an earlier version, or of somebody else."""
+    root = made.release(tmp_path / "release")
+    (root / "report.json").write_text(content)
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    edit_json(root / "manifest.json", lambda value: value["files"]["report.json"].update(sha256=digest))
+    assert release.unjudged_licences(root) == []
+
+
+def test_a_given_student_is_an_input_with_its_files(of_given_student: Path) -> None:
+    manifest = manifest_of(of_given_student)
+    recorded = manifest["inputs"]["student"]
+    assert recorded == {
+        **GIVEN,
+        "files": {"model.safetensors": "ef" * 32},
+        "sha256": manifest["lineage"]["student"]["digest"],
+    }
+    assert release.verify_inputs(of_given_student) == []
+    text = (of_given_student / "ml-bom.cdx.json").read_text(encoding="utf-8")
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
+    document = json.loads(text)
+    parts = {part["bom-ref"]: part for part in document["components"]}
+    assert parts["student"]["licenses"] == [{"license": {"id": "Apache-2.0"}}]
+    assert parts["student"]["version"] == "abc123"
+    assert parts["student"]["components"][0]["hashes"] == [{"alg": "SHA-256", "content": "ef" * 32}]
+    assert document["metadata"]["component"]["licenses"] == [{"license": {"name": "LicenseRef-big"}}]
+    depends = {entry["ref"]: set(entry.get("dependsOn", ())) for entry in document["dependencies"]}
+    assert depends["model"] == {"teacher", "student", "data-text", "data-chats", "martlet"}
+
+
+@pytest.mark.parametrize(
+    ("licence", "spelling", "name"),
+    [
+        ("CC-BY-SA-4.0", "cc-by-sa-4.0", None),
+        ("GPL-3.0-or-later", "gpl-3.0", None),
+        ("PSF-2.0", "other", "PSF-2.0"),
+    ],
+)
+def test_licences_as_the_hub_spells_them(licence: str, spelling: str, name: str | None) -> None:
+    found = shared_metadata(example_recipe(teacher={"model": "someone/big", "licence": licence}))
+    assert (found["license"], found.get("license_name")) == (spelling, name)
+
+
+@pytest.mark.parametrize(
+    ("language", "source", "expected"),
+    [
+        (None, "package:pydoc-topics", ["en"]),
+        (None, "dataset:someone/texts:part", None),
+        (["de"], "dataset:someone/texts:part", ["de"]),
+        ([], "package:pydoc-topics", None),
+    ],
+)
+def test_languages_of_cards(language: list[str] | None, source: str, expected: list[str] | None) -> None:
+    text = {"sources": [source], "train_tokens": 61_440}
+    chats = {"sources": ["prompts:everyday"], "conversations": 120}
+    found = shared_metadata(example_recipe(language=language, data={"text": text, "chats": chats}))
+    assert found.get("language") == expected
+    assert found.get("datasets") == (["someone/texts"] if source.startswith("dataset:") else None)
+
+
 def test_commands_of_cards_name_files_that_are_there(released: Path) -> None:
     import re
 
@@ -451,6 +571,7 @@ def test_the_bill_of_materials_is_valid_and_complete(released: Path) -> None:
     [
         (lambda value: value.pop("inputs"), "does not say what the release was made from"),
         (lambda value: value["inputs"]["teacher"].pop("sha256"), "inputs.teacher: has no SHA-256"),
+        (lambda value: value["inputs"].update(student={}), "inputs.student: has no SHA-256"),
         (lambda value: value["inputs"]["data"].pop("chats"), "inputs.data.chats: has no SHA-256"),
         (lambda value: value["inputs"]["packages"].clear(), "inputs.packages: is missing"),
         (
@@ -492,6 +613,14 @@ def test_changed_inputs_are_named_and_missing_ones_are_not(tmp_path: Path) -> No
             "chats": {"sources": [str(tmp_path / "gone")], "files": {"0/talk.jsonl": digest}},
         },
     }
+    assert provenance.changed_files(recorded) == []
+    (tmp_path / "student").mkdir()
+    weights = tmp_path / "student" / "model.safetensors"
+    weights.write_text("three")
+    recorded["student"] = {"model": str(weights.parent), "files": {weights.name: digest}}
+    changed = f"{weights}: has changed since the release was made from it."
+    assert provenance.changed_files(recorded) == [changed]
+    weights.write_text("one")
     assert provenance.changed_files(recorded) == []
     text.write_text("two")
     assert provenance.changed_files(recorded) == [f"{text}: has changed since the release was made from it."]

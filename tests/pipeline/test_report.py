@@ -332,6 +332,8 @@ def test_a_comparison_of_another_student_does_not(released: Path, tmp_path: Path
     ):
         with pytest.raises(UserError, match=f"--release: .* another {key} than"):
             compare.require_same_start(example_recipe(**changes), released)
+    # A licence makes no other student, and releases from before the key say nothing of one.
+    compare.require_same_start(example_recipe(student={"prune": {"layers": 20}, "licence": "MIT"}), released)
     with pytest.raises(UserError, match="is missing or no manifest of martlet"):
         compare.require_same_start(example_recipe(), tmp_path)
 
@@ -354,6 +356,18 @@ def test_a_failed_gate_is_the_first_thing_said(facts: dict[str, Any]) -> None:
     assert "Do not ship. 1 of 7 files missed a gate:" in text
     assert text.index(sentence) < text.index("What was made")
     assert "Ship. All" not in text
+
+
+def test_notes_tell_which_licences_nobody_judged(facts: dict[str, Any]) -> None:
+    assert facts["licences"] == {"result": "Apache-2.0", "not_judged": []}
+    others = report.notes(facts)
+    unknown = deepcopy(facts) | {"licences": {"result": "MIT", "not_judged": ["teacher.licence: <b>x"]}}
+    first, *rest = report.notes(unknown)
+    assert "does not know teacher.licence: <b>x, so" in first
+    assert rest == others
+    assert "does not know teacher.licence: &lt;b&gt;x, so" in report.render(unknown)
+    del facts["licences"]  # as in a report of an earlier version
+    assert report.notes(facts) == others
 
 
 def test_notes_tell_what_numbers_do_not_flatter(facts: dict[str, Any]) -> None:

@@ -301,6 +301,12 @@ def test_a_changed_student_is_made_anew_and_pickles_are_refused(
     recipe = make_recipe(student={"model": str(folder)})
     text = prepare.run(store, recipe, tiny_teacher)
     digests = [student.run(store, recipe, tiny_teacher, text).digest for _ in range(2)]
+    licensed = student.run(
+        store, make_recipe(student={"model": str(folder), "licence": "MIT"}), tiny_teacher, text
+    )
+    assert licensed.cached  # with a key that licences have no part in
+    parameters = licensed.manifest()["parameters"]
+    assert parameters["student"] == {"model": str(folder), "revision": None, "prune": None}
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"] = weights["model.norm.weight"] * 2
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
