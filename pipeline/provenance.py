@@ -20,7 +20,7 @@ def inputs(recipe: Recipe, artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
 
     Files of the teacher, of a given student and of the data have their own SHA-256; text and prompts that
     packages carry have the package's version, which the list of packages gives a SHA-256. Data sets of a hub
-    are named only.
+    are named; what was taken of them is in the SHA-256 of their part, as of all data.
     """
 
     def model(role: str) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def inputs(recipe: Recipe, artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
             "sources": list(section.sources),
             "licence": section.licence,
             "files": files,
-            "sha256": sha256_of_json([list(section.sources), files]),
+            "sha256": sha256_of_json([list(section.sources), files, artifacts[role].digest]),
         }
 
     return {

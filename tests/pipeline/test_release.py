@@ -1,5 +1,6 @@
 """The release folder: layout, manifest, refusal, replacement, identical bytes."""
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -546,6 +547,11 @@ def test_the_manifest_says_what_the_release_was_made_from(made: Made, released: 
     assert inputs["code"]["version"] == version("martlet")
     assert inputs["packages"]["torch"]["version"] == version("torch")
     assert release.verify_inputs(released) == []
+    # Of a data set of a hub nothing but its name is known, and what was taken of it.
+    other = dataclasses.replace(made.artifacts["text"], digest="ef" * 32)
+    changed = provenance.inputs(made.recipe, {**made.artifacts, "text": other})
+    assert changed["data"]["text"]["sha256"] != inputs["data"]["text"]["sha256"]
+    assert changed["data"]["chats"] == inputs["data"]["chats"]
 
 
 def test_the_bill_of_materials_is_valid_and_complete(released: Path) -> None:
