@@ -96,7 +96,7 @@ def converse(
         except (EOFError, KeyboardInterrupt):
             print(flush=True)
             return
-        if content == "/quit":
+        if content in ("/quit", "/exit"):
             return
         if content == "/new":
             messages = []

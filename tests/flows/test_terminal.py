@@ -319,7 +319,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_conversation(tiny_gguf: Path) -> None
         terminal.until(r"Talk for ever\.\r\n.{20}")
         terminal.type("\x03")
         terminal.until(r"tok/s\].*> ")
-        terminal.type("/quit\r")
+        terminal.type("/exit\r")
         assert terminal.process.wait(20) == 0
     finally:
         terminal.process.kill()

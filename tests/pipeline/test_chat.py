@@ -114,11 +114,11 @@ def test_answers_are_those_of_the_whole_conversation(
 def test_what_looks_like_a_command_is_not_said_to_the_model(
     tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    talk(TorchRuntime(tiny_model_dir), 1, "/help", "/exit")
+    talk(TorchRuntime(tiny_model_dir), 1, "/help", "/stop")
     captured = capsys.readouterr()
     assert captured.out == "\n"
     assert captured.err.count("/new starts over") == 2
-    assert "There is no /exit" in captured.err
+    assert "There is no /stop" in captured.err
 
 
 def test_a_turn_reads_only_what_is_new(tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
