@@ -82,12 +82,7 @@ def test_two_runs_at_once_share(
     stages = len(seconds_of_stages([line for run in runs for line in run.lines]))
     assert taken == 2 * (stages - 1), "but each looks after its release"
     assert what_it_is(tmp_path / "one") == what_it_is(tmp_path / "two")
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [
-        "models0",
-        "one",
-        "store",
-        "two",
-    ]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["one", "store", "two"]
     assert_store_is_whole(tmp_path / "store")
 
 

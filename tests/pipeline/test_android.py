@@ -12,7 +12,9 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
+import torch
 from release_artifacts import example_artifacts, example_recipe, example_stage_times
+from transformers import AutoModelForCausalLM
 
 from export import device_program
 from export.gguf import export_gguf
@@ -142,8 +144,6 @@ def test_every_gguf_file_is_measured_and_again_replaces(
 
 QUESTION = "What is a swallow, and where does it spend the winter?"
 ANSWER_TOKENS = 96
-NEAR_TIE = 0.25
-"""Logits that rounding may turn round, as in ``martlet phone --browser``."""
 RUNS_NOT = "the benchmark program does not run on this device"
 UNREADABLE = "the benchmark program ran, but its answer cannot be read"
 
@@ -299,8 +299,10 @@ def test_the_real_program_measures_a_real_file_on_an_emulated_processor(
 def test_a_real_model_says_on_64_bit_arm_what_it_says_here(
     real_teacher: Artifact, emulator: str, tmp_path: Path
 ) -> None:
-    """Teacher forcing: both processors read a question and this one's greedy answer. After each token the
-    other one's first is this one's, or so near it that rounding decides."""
+    """Teacher forcing: both processors read a question and this one's greedy answer. llama.cpp rounds what
+    goes into each layer to eight bits, each processor in its own way, which moves logits of this model by
+    one and more. So both are held against the file's own weights, run in float32 by torch: the other
+    processor strays from them no further than this one does."""
     program = device_program.build(print)
     quantizations = ["q8_0", "q4_k_m"]
     folder = real_teacher.path / "model"
@@ -316,12 +318,22 @@ def test_a_real_model_says_on_64_bit_arm_what_it_says_here(
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         answer = json.loads(done.stdout)
         top = np.array(answer["top"])
-        behind = logits.max(axis=1) - logits[np.arange(len(ids)), top]
-        off = np.abs(logits.max(axis=1) - answer["top_logit"]).max()
+        places = np.arange(len(ids))
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        with torch.no_grad():
+            exact = model(torch.tensor([ids])).logits[0].numpy()
+        here = logits.argmax(axis=1)
+        error_here = np.sqrt(((logits[places, here] - exact[places, here]) ** 2).mean())
+        error_there = np.sqrt(((answer["top_logit"] - exact[places, top]) ** 2).mean())
+        same_here, same_there = ((exact.argmax(axis=1) == first).mean() for first in (here, top))
+        behind = exact.max(axis=1) - exact[places, top]
         print(
-            f"{file.name}: {(behind == 0).sum()} of {len(ids)} tokens the same, the others at most "
-            f"{behind.max():.3f} logits behind; logits of the first at most {off:.3f} apart"
+            f"{file.name}, {len(ids)} tokens: first token as in float32 {same_there:.3f} there, {same_here:.3f} "
+            f"here, at most {behind.max():.3f} logits behind; error of its logit {error_there:.3f} there, "
+            f"{error_here:.3f} here"
         )
         assert len(top) == len(ids)
-        assert behind.max() < NEAR_TIE
-        assert (behind == 0).mean() > 0.9
+        assert error_there < 1.25 * error_here
+        assert same_there > same_here - 0.05
+        # A first token falls behind where two logits err by as much and to opposite sides.
+        assert behind.max() < 2 * np.abs(logits - exact).max()
