@@ -328,9 +328,9 @@ def test_a_real_model_says_on_64_bit_arm_what_it_says_here(
         same_here, same_there = ((exact.argmax(axis=1) == first).mean() for first in (here, top))
         behind = exact.max(axis=1) - exact[places, top]
         print(
-            f"{file.name}, {len(ids)} tokens: first token as in float32 {same_there:.3f} there, {same_here:.3f} "
-            f"here, at most {behind.max():.3f} logits behind; error of its logit {error_there:.3f} there, "
-            f"{error_here:.3f} here"
+            f"{file.name}, {len(ids)} tokens: first token as in float32 {same_there:.3f} there, "
+            f"{same_here:.3f} here, at most {behind.max():.3f} logits behind; error of its logit "
+            f"{error_there:.3f} there, {error_here:.3f} here"
         )
         assert len(top) == len(ids)
         assert error_there < 1.25 * error_here
