@@ -1,6 +1,7 @@
 """Adapters of peft: merged into their model, which is then a Hugging Face folder like any other."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +67,20 @@ def merge_adapter(folder: Path, output_dir: Path) -> None:
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ExportError(f"{folder}: the adapter cannot be merged into {base} ({reason}).") from error
-    merged.save_pretrained(output_dir)
-    tokenizer.save_pretrained(output_dir)
-    with torch.no_grad():
-        made = load_in_torch(output_dir)(probe, use_cache=False).logits.double().log_softmax(-1)
-    divergence = float((apart.exp() * (apart - made)).sum(-1).mean())
-    if not divergence <= MERGED_KL:
-        raise ExportError(
-            f"{folder}: merged into {base} it is another model than the adapter apart (mean KL "
-            f"{divergence:.3g}, at most {MERGED_KL:g} is rounding); an adapter of a head that shares its "
-            "weights with the embedding cannot be merged, so train it without lm_head and embed_tokens."
-        )
+    output_dir = Path(output_dir)
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=".merged-") as temporary:
+        made = Path(temporary) / "model"
+        merged.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        del model, adapted, merged  # no two of a large model
+        with torch.no_grad():
+            together = load_in_torch(made)(probe, use_cache=False).logits.double().log_softmax(-1)
+        divergence = float((apart.exp() * (apart - together)).sum(-1).mean())
+        if not divergence <= MERGED_KL:
+            raise ExportError(
+                f"{folder}: merged into {base} it is another model than the adapter apart (mean KL "
+                f"{divergence:.3g}, at most {MERGED_KL:g} is rounding); an adapter of a head that shares its "
+                "weights with the embedding cannot be merged, so train it without lm_head and embed_tokens."
+            )
+        made.rename(output_dir)

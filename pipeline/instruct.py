@@ -101,13 +101,13 @@ def run(store: Store, recipe: Recipe, teacher: Artifact, student: Artifact, chat
         store.report("instruct: evaluating on held-out chats after")
         after = evaluate(tuned, reference, held_out)
         save_model(tuned, tokenizer, output / "model", generation_config)
+        write_json(output / "curve.json", curve_of(trainer.state.log_history))
+        del trainer, model, adapted, tuned, reference
         merge = None
         if lora is not None:
             merge = loss_of_merging(load_in_torch(output / "model"), rows, unmerged)
             require_merged(merge)
-        write_json(output / "curve.json", curve_of(trainer.state.log_history))
         write_json(output / "evaluation.json", {"before": before, "after": after, "merge": merge})
-        del trainer, model, tuned, reference
         prompts = held_out_prompts(chats.path / "held_out.jsonl")
         folders = {
             "teacher": teacher.path / "model",

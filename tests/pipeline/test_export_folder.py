@@ -149,3 +149,4 @@ def test_an_adapter_of_a_shared_head_cannot_be_merged(tiny_model_dir: Path, tmp_
     adapted.save_pretrained(tmp_path / "adapter")
     with pytest.raises(ExportError, match=r"another model than the adapter apart .*without lm_head"):
         merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
