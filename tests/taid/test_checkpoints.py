@@ -93,10 +93,14 @@ def test_a_damaged_checkpoint_is_passed_over(
             assert (found, lines) == (newest, []), name
             continue
         assert found == before, name
+        # A checksum that is another number is that of a file which then seems damaged.
+        blamed = files if name == "checksums.json" else {name}
+        told = [
+            [f"warning: {newest / each} is damaged; training goes on from before that checkpoint"]
+            for each in blamed
+        ]
         # Without a readable state it was never finished, which is nothing to tell.
-        assert lines == [
-            f"warning: {newest / name} is damaged; training goes on from before that checkpoint"
-        ] or (name == "trainer_state.json" and lines == [])
+        assert lines in told or (name == "trainer_state.json" and lines == [])
     assert last_complete_checkpoint(folder) == newest
     for step in range(EVERY, STEPS + 1, EVERY):
         harm(folder / f"checkpoint-{step}" / "optimizer.pt")
