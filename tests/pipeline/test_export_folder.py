@@ -138,7 +138,7 @@ def test_adapters_that_cannot_be_merged(adapter: Path, tmp_path: Path) -> None:
 
 
 def test_an_adapter_of_a_shared_head_cannot_be_merged(tiny_model_dir: Path, tmp_path: Path) -> None:
-    """peft adds its change to the weights of head and embedding, which are one, and saves without a word."""
+    """peft adds its change to the weights of head and embedding, which are one, and saves with a warning."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     assert model.config.tie_word_embeddings
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["lm_head"]))
