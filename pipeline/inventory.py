@@ -3,7 +3,9 @@
 import contextlib
 import fcntl
 import json
+import os
 import shutil
+import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -89,7 +91,7 @@ def entries(store: Path) -> list[Entry]:
                 path,
                 "finished",
                 manifest,
-                _size(path),
+                _size(_statuses(path)),
                 mark.stat().st_mtime,
                 max(mark.stat().st_mtime, path.stat().st_mtime),
                 tuple(sorted(needed.get(path, ()))),
@@ -101,14 +103,17 @@ def entries(store: Path) -> list[Entry]:
 def leftovers(store: Path) -> list[Entry]:
     """What a store holds beside finished artifacts, the oldest first: work of stages that were interrupted or
     failed, and folders that were put aside because they were damaged."""
-
-    def entry(path: Path, state: State) -> Entry:
-        times = [file.stat().st_mtime for file in (path, *path.rglob("*"))]
-        return Entry(path, state, {}, _size(path), min(times), max(times), ())
-
-    found = [entry(path, "unfinished") for ending in UNFINISHED for path in store.glob(f"*/*{ending}")]
-    found += [entry(path, "damaged") for path in store.glob(f"{QUARANTINE}/*")]
-    return sorted(found, key=lambda each: (each.used, each.key))
+    folders: list[tuple[Path, State]] = [
+        *((path, "unfinished") for ending in UNFINISHED for path in store.glob(f"*/*{ending}")),
+        *((path, "damaged") for path in store.glob(f"{QUARANTINE}/*")),
+    ]
+    found = []
+    for path, state in folders:
+        statuses = _statuses(path)
+        times = [status.st_mtime for status in statuses]
+        if times:  # a run that goes on may have taken it away meanwhile
+            found.append(Entry(path, state, {}, _size(statuses), min(times), max(times), ()))
+    return sorted(found, key=lambda entry: (entry.used, entry.key))
 
 
 def find(store: Path, name: str) -> Entry:
@@ -267,8 +272,18 @@ def problems(store: Path) -> list[str]:
     return found + [f"{path} is damaged" for path, record in _records(store) if not record]
 
 
-def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+def _statuses(folder: Path) -> list[os.stat_result]:
+    """Of a folder and all in it; what goes away meanwhile is left out, as a run's checkpoints do."""
+    found = []
+    for parent, _, names in os.walk(folder):
+        for path in (Path(parent), *(Path(parent) / name for name in names)):
+            with contextlib.suppress(FileNotFoundError):
+                found.append(path.lstat())
+    return found
+
+
+def _size(statuses: Iterable[os.stat_result]) -> int:
+    return sum(status.st_size for status in statuses if stat.S_ISREG(status.st_mode))
 
 
 def _require(store: Path) -> None:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -173,6 +175,31 @@ def test_leftovers_are_listed_and_pruned(store: Store, capsys: pytest.CaptureFix
     assert leftovers(store.root) == [recent]
     assert {entry.stage for entry in entries(store.root)} == {"teacher", "prepare"}
     assert damage(kept.path) is None
+
+
+def test_listing_beside_a_run_whose_checkpoints_come_and_go(store: Store) -> None:
+    done = threading.Event()
+
+    def run_on(output: Path, work: Path) -> None:
+        while not done.is_set():
+            folder = work / f"checkpoint-{time.monotonic_ns()}"
+            folder.mkdir()
+            for number in range(20):
+                (folder / f"{number}.bin").write_bytes(b"x" * 100)
+            shutil.rmtree(folder)
+        (output / "model.bin").write_bytes(b"x")
+
+    thread = threading.Thread(target=store.get_or_make, args=("distill", 1, {}, {}, run_on))
+    thread.start()
+    try:
+        until = time.monotonic() + 1.5
+        while time.monotonic() < until:
+            assert all(entry.stage == "distill" for entry in leftovers(store.root))
+    finally:
+        done.set()
+        thread.join()
+    assert leftovers(store.root) == []
+    assert len(entries(store.root)) == 1
 
 
 def test_what_a_run_holds_locked_stays(store: Store) -> None:
