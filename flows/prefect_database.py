@@ -6,6 +6,8 @@ import sqlite3
 import time
 from pathlib import Path
 
+from pipeline.artifacts import QUARANTINE
+
 logger = logging.getLogger("martlet")
 
 
@@ -19,7 +21,7 @@ def put_damaged_aside(store: Path) -> None:
     problem = _damage(file) if file.is_file() else None
     if problem is None:
         return
-    aside = store.resolve() / "quarantine" / f"prefect-{time.time_ns()}"
+    aside = store.resolve() / QUARANTINE / f"prefect-{time.time_ns()}"
     aside.mkdir(parents=True)
     for path in file.parent.glob("prefect.db*"):
         path.rename(aside / path.name)

@@ -31,7 +31,6 @@ UNFINISHED = (".work", ".partial")
 SHOWN = 12
 """Digits of a key that are shown; as many or more name an artifact."""
 
-
 State = Literal["finished", "unfinished", "damaged"]
 
 
